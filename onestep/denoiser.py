@@ -1,0 +1,120 @@
+"""A network as a denoiser: (x_t, t, cond) -> x0, whatever it predicts and however it is conditioned."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .prediction import Prediction, add_noise
+from .rng import Rng
+from .schedule import Schedule
+
+Cond = dict[str, Tensor]
+"""What a network is conditioned on, by the network's argument names; every tensor has the batch as first dimension."""
+
+Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+"""How a family of networks is called: (network, input, timestep, cond) -> raw output."""
+
+
+def call_network(network: nn.Module, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+    """diffusers' own calling convention, right for every network whose conditioning arguments are plain tensors."""
+    return network(x, timestep=timestep, return_dict=False, **cond)[0]
+
+
+def stack(*conds: Cond) -> Cond:
+    """Conditions of several batches as those of one."""
+    return {key: torch.cat([cond[key] for cond in conds]) for key in conds[0]}
+
+
+class Denoiser(nn.Module):
+    """x0 = denoiser(x_t, t, cond): bare network + schedule + prediction type.
+
+    x_t has shape (B, C, ...), t shape (B,) in the schedule's time. Output channels beyond C (a learned variance) are
+    ignored. The network runs in its own dtype; the conversion to x0 runs in x_t's, float32 at least.
+    `network` may be replaced by a distributed wrapper of itself. `taps` name the submodules `features` reads.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        schedule: Schedule,
+        prediction: Prediction,
+        call: Call = call_network,
+        taps: Sequence[str] = (),
+    ):
+        super().__init__()
+        self.network, self.schedule, self.prediction, self.call = network, schedule, prediction, call
+        modules = dict(network.named_modules())
+        # kept outside nn.Module's registry: they are parts of the network already
+        self._taps = tuple(modules[name] for name in taps)
+        self.dtype: torch.dtype | None = next((p.dtype for p in network.parameters()), None)
+
+    def output(self, x_t: Tensor, t: Tensor, cond: Cond, network: nn.Module | None = None) -> Tensor:
+        """The network's raw output at x_t, shape of x_t, in x_t's dtype."""
+        alpha_t, sigma_t = self.schedule(t, x_t)
+        x_in = self.prediction.scale_input(x_t, alpha_t, sigma_t).to(self.dtype or x_t.dtype)
+        out = self.call(network or self.network, x_in, self.schedule.timestep(t), cond)
+        return out[:, : x_t.shape[1]].to(alpha_t.dtype)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        alpha_t, sigma_t = self.schedule(t, x_t)
+        return self.prediction.to_x0(self.output(x_t, t, cond), x_t, alpha_t, sigma_t)
+
+    def loss(self, x_0: Tensor, cond: Cond, rng: Rng, t: Tensor | None = None) -> Tensor:
+        """Denoising score matching, mean over batch and elements of weight * (output - target)^2.
+
+        The noise levels are uniform over the schedule's times unless `t`, shape (B,), is given.
+        """
+        t = self.schedule.at(rng.uniform()) if t is None else t
+        eps = rng.normal(x_0.shape[1:]).to(x_0.dtype)
+        alpha_t, sigma_t = self.schedule(t, x_0)
+        error = self.output(add_noise(self.schedule, x_0, eps, t), t, cond) - self.prediction.target(
+            x_0, eps, alpha_t, sigma_t
+        )
+        return (self.prediction.weight(alpha_t, sigma_t) * error.square()).mean()
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
+        """Outputs of the tapped submodules at x_t; the network is not run past the last of them.
+
+        The bare network is called, also where `network` is a distributed wrapper: gradients reach the same parameters,
+        and the wrapper's own bookkeeping belongs to whole forwards.
+        """
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, result: Any) -> None:
+            found.append(result[0] if isinstance(result, tuple) else result)
+            if len(found) == len(self._taps):
+                raise _Stop
+
+        with ExitStack() as hooks:
+            for tap in self._taps:
+                hooks.enter_context(tap.register_forward_hook(keep))
+            try:
+                self.output(x_t, t, cond, network=unwrap(self.network))
+            except _Stop:
+                return found
+        raise AssertionError("the network ended before every tap was reached")
+
+
+class _Stop(Exception):
+    """Ends a forward pass once its features are known."""
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The bare network behind a DistributedDataParallel wrapper, or the network itself."""
+    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
+@contextmanager
+def frozen(*modules: nn.Module | None) -> Iterator[None]:
+    """No parameter of `modules` receives a gradient inside; gradients still flow through their inputs."""
+    parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

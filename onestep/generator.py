@@ -1,0 +1,61 @@
+"""The student: noise to x0 in one call, or in a short chain of calls."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .denoiser import Cond, Denoiser
+from .prediction import add_noise
+from .schedule import Schedule
+
+
+def steps_from(schedule: Schedule, init_rho: float, steps: int) -> list[float]:
+    """Times of a `steps`-step chain: the first has sigma/alpha nearest `init_rho`, the rest follow evenly below it.
+
+    VP from index T - 1 and k steps gives T - 1, T - 1 - T // k, ...: for T = 1000 and k = 4 the published
+    999, 749, 499, 249 (and what diffusers' LCMScheduler visits with original_inference_steps = k).
+    """
+    first = schedule.at_rho(init_rho)
+    if isinstance(first, int):
+        stride = (first + 1) // steps
+        if stride == 0:
+            raise ValueError(
+                f"student_steps {steps} is more than the {first + 1} noise levels up to init_rho; type a smaller one"
+            )
+        return [first - stride * k for k in range(steps)]
+    return [first * (steps - k) / steps for k in range(steps)]
+
+
+class Generator(nn.Module):
+    """x0 = G(z, cond) with z ~ N(0, I): the denoiser read at `times[0]` on `input_scale * z`, shape (B, C, H, W).
+
+    With several times it is the chain x0 <- denoiser(alpha_t x0 + sigma_t eps, t) with fresh noise at each later t
+    (DMD2, Yin et al. 2024, section 4.4).
+    """
+
+    def __init__(self, denoiser: Denoiser, times: Sequence[float], input_scale: float = 1.0):
+        super().__init__()
+        self.denoiser, self.times, self.input_scale = denoiser, list(times), input_scale
+
+    def time(self, index: int, like: Tensor) -> Tensor:
+        """The index-th time of the chain as a batch, shape (B,)."""
+        value = self.times[index]
+        dtype = torch.long if isinstance(value, int) else torch.promote_types(like.dtype, torch.float32)
+        return torch.full((len(like),), value, device=like.device, dtype=dtype)
+
+    def first(self, z: Tensor, cond: Cond) -> Tensor:
+        """The chain's first call, on pure noise."""
+        return self.denoiser(self.input_scale * z, self.time(0, z), cond)
+
+    def later(self, x_0: Tensor, eps: Tensor, index: int, cond: Cond) -> Tensor:
+        """The chain's index-th call, index >= 1, on the re-noised result of the one before."""
+        t = self.time(index, x_0)
+        return self.denoiser(add_noise(self.denoiser.schedule, x_0, eps, t), t, cond)
+
+    def forward(self, z: Tensor, cond: Cond, noises: Sequence[Tensor] = ()) -> Tensor:
+        """x0, shape of z; `noises` are the fresh draws of a chain, one for each time after the first."""
+        x_0 = self.first(z, cond)
+        for index, eps in enumerate(noises, start=1):
+            x_0 = self.later(x_0, eps, index, cond)
+        return x_0

@@ -1,0 +1,164 @@
+"""Noise schedules as pure functions t -> (alpha_t, sigma_t) with x_t = alpha_t x_0 + sigma_t eps.
+
+The time t is the schedule's own: an integer index for VP, a number in (0, 1] for rectified flow, sigma itself for EDM.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Schedule(ABC):
+    """What the rest of the library may know of a noise schedule."""
+
+    init_sigma: float
+    """Standard deviation of the noise that sampling starts from, at the largest time."""
+
+    @abstractmethod
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_t, sigma_t), each of shape (B,), float64 (float32 where the device has no float64)."""
+
+    @abstractmethod
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network is conditioned on at time t, shape (B,)."""
+
+    @abstractmethod
+    def at(self, u: Tensor) -> Tensor:
+        """The time at fraction u in (0, 1] of the schedule, 1 being pure noise; uniform u is the usual training law."""
+
+    @abstractmethod
+    def at_rho(self, rho: float) -> float:
+        """The time at which sigma_t / alpha_t is nearest to rho. Raises ValueError where rho is out of reach."""
+
+    def __call__(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha_t, sigma_t) shaped (B, 1, ...) to broadcast against `like`, in its precision but at least float32."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        shape = (-1,) + (1,) * (like.ndim - 1)
+        alpha_t, sigma_t = self.coefficients(t)
+        return alpha_t.to(dtype).view(shape), sigma_t.to(dtype).view(shape)
+
+    def grid(self, steps: int, start: float = 1.0) -> list[float]:
+        """`steps` descending times, evenly spaced in u and ending one spacing above zero ("trailing" in diffusers)."""
+        u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps * start
+        return self.at(u).tolist()
+
+    @staticmethod
+    def from_scheduler(scheduler: Any) -> "Schedule":
+        """The schedule that a diffusers scheduler was configured for. Raises ValueError for kinds not known here."""
+        config = scheduler.config
+        if "trained_betas" in config:
+            return VP(scheduler.alphas_cumprod)
+        name = type(scheduler).__name__
+        if name.startswith("FlowMatch"):
+            return RectifiedFlow(shift=config.shift, num_train_timesteps=config.num_train_timesteps)
+        if name == "CMStochasticIterativeScheduler":
+            return EDM(config.sigma_min, config.sigma_max, config.rho, noise_scale=250.0)
+        if name.startswith("EDM"):
+            return EDM(config.sigma_min, config.sigma_max, config.rho)
+        raise ValueError(
+            f"no schedule is known for {name}; allowed are schedulers with betas (DDPM, DDIM, Euler, ...), "
+            "FlowMatch*, EDM* and CMStochasticIterativeScheduler: load the pipeline with one of these"
+        )
+
+
+class VP(Schedule):
+    """Variance preserving: alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]), t in 0 .. N-1.
+
+    DDPM (Ho et al. 2020, eq. 4).
+    """
+
+    init_sigma = 1.0
+
+    def __init__(self, alphas_cumprod: Tensor):
+        self._table = {torch.device("cpu"): alphas_cumprod.detach().to("cpu", torch.float64)}
+        self.num_train_timesteps = len(alphas_cumprod)
+
+    @classmethod
+    def from_betas(cls, betas: Sequence[float] | Tensor) -> "VP":
+        return cls(torch.cumprod(1 - torch.as_tensor(betas, dtype=torch.float64), 0))
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        return self._table[torch.device("cpu")]
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        if t.device not in self._table:  # one copy a device, not one a call
+            kind = torch.float32 if t.device.type == "mps" else torch.float64
+            self._table[t.device] = self.alphas_cumprod.to(t.device, kind)
+        alpha_bar = self._table[t.device][t]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t
+
+    def at(self, u: Tensor) -> Tensor:
+        n = self.num_train_timesteps
+        # rounding first keeps u = k/n exact: ceil(0.07 * 100) is 8 in floating point
+        return ((u.double() * n).mul(1e6).round().div(1e6).ceil().long() - 1).clamp(0, n - 1)
+
+    def at_rho(self, rho: float) -> float:
+        ratio = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
+        if not ratio[0] <= rho <= ratio[-1] * 1.001:
+            raise ValueError(
+                f"init_rho {rho} is outside this teacher's schedule; allowed is {ratio[0]:.4f} to {ratio[-1]:.4f}: "
+                "type for example --init-rho 2.5"
+            )
+        return int((ratio - rho).abs().argmin())
+
+
+class RectifiedFlow(Schedule):
+    """alpha_t = 1 - t, sigma_t = t, the network conditioned on 1000 t; `shift` bends u -> t = s u / (1 + (s - 1) u).
+
+    Liu et al. 2022; the shift is Esser et al. 2024, eq. 23.
+    """
+
+    init_sigma = 1.0
+
+    def __init__(self, shift: float = 1.0, num_train_timesteps: int = 1000):
+        self.shift, self.num_train_timesteps = shift, num_train_timesteps
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        return 1 - t, t
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t * self.num_train_timesteps
+
+    def at(self, u: Tensor) -> Tensor:
+        return self.shift * u / (1 + (self.shift - 1) * u)
+
+    def at_rho(self, rho: float) -> float:
+        return 1.0 if rho == float("inf") else rho / (1 + rho)
+
+
+class EDM(Schedule):
+    """alpha_t = 1, sigma_t = t; the network is conditioned on noise_scale * ln(sigma), 1/4 in Karras et al. 2022, table 1.
+
+    diffusers' consistency-model scheduler feeds 250 ln(sigma): noise_scale = 250. `at` spaces sigma as in eq. 5.
+    """
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, noise_scale: float = 0.25):
+        self.sigma_min, self.sigma_max, self.rho, self.noise_scale = sigma_min, sigma_max, rho, noise_scale
+        self.init_sigma = sigma_max
+
+    def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.double()
+        return torch.ones_like(t), t
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.noise_scale * t.log()
+
+    def at(self, u: Tensor) -> Tensor:
+        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
+        return (low + u * (high - low)) ** self.rho
+
+    def at_rho(self, rho: float) -> float:
+        if not self.sigma_min <= rho <= self.sigma_max:
+            raise ValueError(
+                f"init_rho {rho} is outside this teacher's schedule; allowed is {self.sigma_min} to {self.sigma_max}: "
+                "type for example --init-rho 2.5"
+            )
+        return rho

@@ -1,0 +1,1 @@
+"""Training of the embedded teachers: `python -m onestep.teach fashion`."""
