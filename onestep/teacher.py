@@ -117,6 +117,16 @@ class Teacher(ABC):
     def shape(self) -> tuple[int, ...]:
         """Shape of one x0, without the batch."""
 
+    @property
+    @abstractmethod
+    def image_shape(self) -> tuple[int, int]:
+        """(channels, side) of the pictures it makes."""
+
+    @property
+    @abstractmethod
+    def classes(self) -> int:
+        """Number of classes it is conditioned on."""
+
     @abstractmethod
     def taps(self, network: nn.Module) -> list[str]:
         """Names of the submodules whose outputs a discriminator reads."""
@@ -145,6 +155,15 @@ class DiTTeacher(Teacher):
         config = self.pipeline.transformer.config
         return (config.in_channels, config.sample_size, config.sample_size)
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        vae = self.pipeline.vae.config
+        return vae.out_channels, self.shape[-1] * 2 ** (len(vae.block_out_channels) - 1)
+
+    @property
+    def classes(self) -> int:
+        return len(self.pipeline.labels) or self.pipeline.transformer.config.num_embeds_ada_norm
+
     def taps(self, network: nn.Module) -> list[str]:
         return [f"transformer_blocks.{(len(network.transformer_blocks) - 1) // 2}"]
 
@@ -171,6 +190,14 @@ class EDMTeacher(Teacher):
     def shape(self) -> tuple[int, ...]:
         config = self.pipeline.unet.config
         return (config.in_channels, config.sample_size, config.sample_size)
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        return self.shape[0], self.shape[-1]
+
+    @property
+    def classes(self) -> int:
+        return self.pipeline.unet.config.num_class_embeds or 1
 
     def taps(self, network: nn.Module) -> list[str]:
         return ["mid_block"]

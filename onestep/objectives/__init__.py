@@ -1,1 +1,22 @@
-"""Distillation objectives."""
+"""Distillation objectives, one paper a file, by the name that `--method` takes."""
+
+from difflib import get_close_matches
+from importlib import import_module
+
+from .base import Batch, Objective
+
+OBJECTIVES: dict[str, str] = {
+    "dmd2": "onestep.objectives.dmd2:DMD2",
+}
+
+__all__ = ["OBJECTIVES", "Batch", "Objective", "objective_class"]
+
+
+def objective_class(name: str) -> type[Objective]:
+    """The class behind a method's name. Raises ValueError with the nearest name for an unknown one."""
+    if name not in OBJECTIVES:
+        near = get_close_matches(name, OBJECTIVES, 1)
+        hint = f"; did you mean --method {near[0]}?" if near else ""
+        raise ValueError(f"no method {name!r}; allowed are {', '.join(OBJECTIVES)}{hint}")
+    module, attribute = OBJECTIVES[name].split(":")
+    return getattr(import_module(module), attribute)

@@ -1,0 +1,106 @@
+"""Checkpoints: safetensors and JSON in a folder that appears under its name only when it is complete."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def save_checkpoint(
+    folder: Path, step: int, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Any], keep: int
+) -> Path:
+    """Write `folder/step-00000123`; older checkpoints beyond the newest `keep` are deleted only afterwards."""
+    final = folder / f"step-{step:08d}"
+    scratch = folder / f".{final.name}.tmp"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    groups: dict[str, Any] = {}
+    for name, module in modules.items():
+        save_file({k: v.detach().contiguous() for k, v in module.state_dict().items()}, scratch / f"{name}.safetensors")
+    for name, optimizer in optimizers.items():
+        tensors, groups[name] = _flatten(optimizer.state_dict())
+        save_file(tensors, scratch / f"optimizer-{name}.safetensors")
+    hashes = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
+    (scratch / "state.json").write_text(json.dumps({"step": step, "groups": groups, "sha256": hashes}, indent=1))
+    for path in scratch.iterdir():
+        _fsync(path)
+    _fsync(scratch)
+    shutil.rmtree(final, ignore_errors=True)
+    scratch.rename(final)
+    _fsync(folder)
+    for old in sorted(folder.glob("step-*"))[:-keep]:
+        shutil.rmtree(old)
+    return final
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, or None."""
+    found = sorted(folder.glob("step-*"))
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> int:
+    """Load every tensor strictly; returns the number of steps done. Raises ValueError naming what is broken."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+        for name, expected in state["sha256"].items():
+            if _sha256(path / name) != expected:
+                raise ValueError(f"{name} has changed since it was written")
+        for name, module in modules.items():
+            module.load_state_dict(load_file(path / f"{name}.safetensors"), strict=True)
+        for name, optimizer in optimizers.items():
+            tensors = load_file(path / f"optimizer-{name}.safetensors")
+            optimizer.load_state_dict(_unflatten(tensors, state["groups"][name]))
+        return int(state["step"])
+    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the checkpoint {path} cannot be used: {reason}. Delete that folder to go on from the one before it, "
+            "or start over with --restart"
+        ) from error
+
+
+def read_weights(path: Path, name: str) -> dict[str, Tensor]:
+    """One module's tensors from a checkpoint. Raises ValueError where they are missing or broken."""
+    try:
+        return load_file(path / f"{name}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the checkpoint {path} holds no readable {name}.safetensors: {error}") from error
+
+
+def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """An optimiser's state as tensors by "<parameter>.<slot>" and its JSON-able parameter groups."""
+    tensors = {f"{i}.{slot}": torch.as_tensor(v) for i, slots in state["state"].items() for slot, v in slots.items()}
+    return tensors, state["param_groups"]
+
+
+def _unflatten(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, slot = key.split(".", 1)
+        state.setdefault(int(index), {})[slot] = value
+    return {"state": state, "param_groups": groups}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

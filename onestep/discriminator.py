@@ -1,0 +1,51 @@
+"""The GAN critic: small convolutional heads on features of a denoiser."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def as_map(feature: Tensor) -> Tensor:
+    """A feature as (B, C, H, W): UNet maps unchanged, transformer tokens (B, N, C) laid out on their square grid."""
+    if feature.ndim == 4:
+        return feature
+    side = math.isqrt(feature.shape[1])
+    if side * side != feature.shape[1]:
+        raise ValueError(f"{feature.shape[1]} tokens are no square grid; only square images can be discriminated")
+    return feature.transpose(1, 2).unflatten(2, (side, side))
+
+
+def head(channels: int, side: int) -> nn.Sequential:
+    """4x4 convolutions of stride 2 down to at most 4x4, one over all that is left, one to the logit (DMD2, appendix)."""
+    groups = math.gcd(32, channels)
+    layers: list[nn.Module] = []
+    while side > 4:
+        layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels), nn.SiLU()]
+        side //= 2
+    layers += [nn.Conv2d(channels, channels, side), nn.GroupNorm(groups, channels), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(channels, 1, 1), nn.Flatten())
+
+
+class Heads(nn.Module):
+    """One head for each feature map; logits (B, heads), in float32."""
+
+    def __init__(self, examples: Sequence[Tensor]):
+        super().__init__()
+        maps = [as_map(example) for example in examples]
+        self.heads = nn.ModuleList(head(m.shape[1], m.shape[-1]) for m in maps)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return torch.cat([head(as_map(f).float()) for head, f in zip(self.heads, features)], dim=1)
+
+
+class Discriminator(nn.Module):
+    """Holds the heads as `network`, so that a distributed wrapper can take their place."""
+
+    def __init__(self, examples: Sequence[Tensor]):
+        super().__init__()
+        self.network: nn.Module = Heads(examples)
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        return self.network(features)

@@ -1,0 +1,35 @@
+"""Sample grids: the teacher's many steps beside the student's few, from the same noise and classes."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torchvision.utils import make_grid
+
+
+def save_grid(path: Path, left: Tensor, right: Tensor, titles: tuple[str, str], columns: int) -> None:
+    """Two blocks of images (N, C, H, W) in [0, 1] side by side under their titles, small ones enlarged, as PNG."""
+    scale = max(1, 64 // left.shape[-1])
+    blocks = [_block(images, columns, scale) for images in (left, right)]
+    font = ImageFont.load_default(size=18)
+    gap, top = 24, 34
+    width = sum(block.width for block in blocks) + gap
+    sheet = Image.new("RGB", (width, blocks[0].height + top), "white")
+    draw, x = ImageDraw.Draw(sheet), 0
+    for block, title in zip(blocks, titles):
+        sheet.paste(block, (x, top))
+        draw.text((x + block.width // 2, top // 2), title, fill="black", font=font, anchor="mm")
+        x += block.width + gap
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp.png")
+    sheet.save(scratch)
+    scratch.replace(path)
+
+
+def _block(images: Tensor, columns: int, scale: int) -> Image.Image:
+    images = images.detach().float().cpu().clamp(0, 1)
+    tiled = make_grid(images, nrow=columns, padding=1, pad_value=1.0)
+    array = (tiled * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    picture = Image.fromarray(array)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)

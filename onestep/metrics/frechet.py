@@ -1,0 +1,120 @@
+"""Streaming first and second moments, and the Fréchet distance between two Gaussians that have them.
+
+Everything here is float64 on the CPU, whatever device and precision the features come in.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class Moments:
+    """Count, mean and scatter of feature vectors of `dimensions` entries, in one pass and constant memory.
+
+    Batches are merged by Chan, Golub & LeVeque 1979, eq. 2.1: with n = n_a + n_b and delta = mean_b - mean_a,
+    mean = mean_a + delta n_b / n and scatter = scatter_a + scatter_b + delta delta^T n_a n_b / n.
+    """
+
+    def __init__(self, dimensions: int):
+        self.dimensions, self.count = dimensions, 0
+        self.mean = torch.zeros(dimensions, dtype=torch.float64)
+        self._scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64)
+
+    def update(self, features: Tensor) -> None:
+        """Take in features, shape (B, dimensions). Raises ValueError for another shape or values not finite."""
+        if features.ndim != 2 or features.shape[1] != self.dimensions:
+            raise ValueError(f"features of shape {tuple(features.shape)}; allowed is (B, {self.dimensions})")
+        features = features.detach().to("cpu", torch.float64)
+        if not features.isfinite().all():
+            raise ValueError("features are not finite: the images or the extractor's weights hold NaN or infinity")
+        if len(features):
+            mean = features.mean(0)
+            centred = features - mean
+            self._add(len(features), mean, centred.T @ centred)
+
+    def merge(self, other: "Moments") -> None:
+        """Take in all that `other` has seen. Raises ValueError where the dimensions differ."""
+        if other.dimensions != self.dimensions:
+            raise ValueError(f"moments of {other.dimensions} dimensions cannot join those of {self.dimensions}")
+        if other.count:
+            self._add(other.count, other.mean, other._scatter)
+
+    def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self.count + count
+        delta = mean - self.mean
+        self._scatter = self._scatter + scatter + torch.outer(delta, delta) * (self.count * count / total)
+        self.mean = self.mean + delta * (count / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance scatter / (N - 1), shape (D, D). Raises ValueError for fewer than two vectors."""
+        if self.count < 2:
+            raise ValueError(
+                f"a covariance needs at least 2 images, and there are {self.count}: type --count 2 or more"
+            )
+        return self._scatter / (self.count - 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write n, mean and cov (unbiased) as safetensors; an older file stays whole until this one is complete."""
+        tensors = {"n": torch.tensor([self.count]), "mean": self.mean, "cov": self.covariance.contiguous()}
+        unfinished = Path(path).with_name(Path(path).name + ".part")
+        save_file(tensors, unfinished)
+        os.replace(unfinished, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Moments":
+        """Moments that `save` wrote. Raises ValueError for a file that is missing, damaged or something else."""
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is not a readable statistics file ({error}); {_EXPECTED}") from error
+        if set(tensors) != {"n", "mean", "cov"} or tensors["n"].numel() != 1 or tensors["mean"].ndim != 1:
+            shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            raise ValueError(f"{path} is not a statistics file: it holds {shapes}; {_EXPECTED}")
+        return cls.of(int(tensors["n"]), tensors["mean"], tensors["cov"], str(path))
+
+    @classmethod
+    def of(cls, count: int, mean: Tensor, covariance: Tensor, name: str) -> "Moments":
+        """Moments from known values; `name` says in errors where they came from.
+
+        Raises ValueError where they cannot be the moments of `count` vectors.
+        """
+        mean, covariance = mean.double(), covariance.double()
+        if count < 2 or mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"{name} holds n = {count}, mean {tuple(mean.shape)} and cov {tuple(covariance.shape)}; {_EXPECTED}"
+            )
+        symmetric = torch.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-8)
+        if not (mean.isfinite().all() and covariance.isfinite().all() and symmetric and (covariance.diag() >= 0).all()):
+            raise ValueError(f"{name} holds values that no images have: not finite, or not a covariance; {_EXPECTED}")
+        moments = cls(len(mean))
+        moments.count, moments.mean, moments._scatter = count, mean, covariance * (count - 1)
+        return moments
+
+
+_EXPECTED = "expected is n >= 2, a mean (D,) and a symmetric covariance (D, D): write the file again from its images"
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
+
+    C_a C_b has the eigenvalues of S C_b S with S = C_a^(1/2), which is symmetric and positive: its square root's trace
+    is a sum over real eigenvalues also where a covariance is singular. Raises ValueError for unequal dimensions.
+    """
+    if a.dimensions != b.dimensions:
+        raise ValueError(
+            f"statistics of {a.dimensions} and {b.dimensions} dimensions cannot be compared: they come from different "
+            "extractors; compute both with the same one"
+        )
+    c_a, c_b = a.covariance, b.covariance
+    values, vectors = torch.linalg.eigh(c_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    product = root @ c_b @ root
+    # eigvalsh reads one triangle only: averaging with the transpose keeps both
+    trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    return float((a.mean - b.mean).square().sum() + c_a.trace() + c_b.trace() - 2 * trace_root)

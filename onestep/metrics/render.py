@@ -1,0 +1,147 @@
+"""Images from an exported folder, sampled by plain diffusers as a user of the folder would."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+Sample = Callable[[Any, list[int], list[torch.Generator], int, float], Tensor]
+"""(pipe, class labels, generators, steps, guidance) -> images (B, C, H, W) in [0, 1]."""
+
+
+def _dit(pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
+    images = pipe(
+        class_labels=labels,
+        guidance_scale=guidance,
+        generator=generators,
+        num_inference_steps=steps,
+        output_type="np",
+    ).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def _consistency(
+    pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float
+) -> Tensor:
+    # "pt" comes in [0, 1] already: the pipeline's postprocess_image halves, shifts and clamps for every output type
+    return pipe(
+        batch_size=len(labels),
+        class_labels=labels,
+        generator=generators,
+        num_inference_steps=steps,
+        output_type="pt",
+    ).images
+
+
+def _dit_classes(pipe: Any) -> int | None:
+    # the size of its embedding says nothing: it is 1000 for ten classes too, the null class being number 1000
+    return max(pipe.labels.values()) + 1 if pipe.labels else None
+
+
+def _consistency_classes(pipe: Any) -> int | None:
+    return pipe.unet.config.num_class_embeds or 1
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the pipelines of one class are sampled and what of them is scored."""
+
+    sample: Sample
+    network: str
+    """The subfolder that holds the network; its weights are what a result row's hash stands for."""
+    guided: bool
+    """Whether the pipeline takes a guidance scale above 1, at the price of a second pass a step."""
+    classes: Callable[[Any], int | None]
+    """How many class labels the pipeline knows, None where its folder does not say."""
+
+    def passes(self, steps: int, guidance: float) -> int:
+        """Evaluations of the network for one image."""
+        return steps * (2 if self.guided and guidance > 1 else 1)
+
+
+FAMILIES: dict[str, Family] = {
+    "DiTPipeline": Family(_dit, "transformer", guided=True, classes=_dit_classes),
+    "ConsistencyModelPipeline": Family(_consistency, "unet", guided=False, classes=_consistency_classes),
+}
+
+
+def _family_named(name: Any) -> Family:
+    if name not in FAMILIES:
+        raise ValueError(f"a {name} cannot be sampled here; allowed are {', '.join(FAMILIES)}: export as one of these")
+    return FAMILIES[name]
+
+
+def family_of(pipe: Any) -> Family:
+    """The table's entry for a pipeline. Raises ValueError for a class that is not in it."""
+    return _family_named(type(pipe).__name__)
+
+
+def load_pipeline(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """The diffusers pipeline of a local folder, without onestep, the hub, remote code or pickles.
+
+    Raises ValueError where the folder is no complete diffusers folder of a known class.
+    """
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{folder} is not an exported folder: it has no model_index.json; name a diffusers folder")
+    try:
+        _family_named(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged ({error}): export the folder again") from error
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+    except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError, RuntimeError and more here
+        raise ValueError(f"{folder} could not be loaded: {error}. Export the folder again") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device, dtype)
+
+
+def render(
+    pipe: Any, conditions: Sequence[int], seeds: Sequence[int], steps: int, guidance: float, batch_size: int
+) -> Iterator[Tensor]:
+    """Images of class conditions[i] from the noise of seeds[i], in batches (B, C, H, W), float32 on the CPU, in [0, 1].
+
+    Each image has a CPU generator of its own, so that neither the batch size nor the device chooses its noise.
+    guidance: out = uncond + guidance * (cond - uncond); 1 is the plain conditional.
+    Arguments are checked at the call, images are made as the iterator is read. Raises ValueError for arguments that the
+    pipeline cannot honour, and for images that are not finite.
+    """
+    family = family_of(pipe)
+    if len(conditions) != len(seeds):
+        raise ValueError(f"{len(conditions)} conditions for {len(seeds)} seeds; give one seed an image")
+    for flag, value in (("--steps", steps), ("--batch-size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{flag} {value} is not allowed; type {flag} 1 or more")
+    # DiTPipeline takes any scale up to 1 as the plain conditional: refusing keeps the row's guidance true
+    if guidance < 1 or (guidance != 1 and not family.guided):
+        allowed = "1 and more" if family.guided else "1 alone, as the pipeline has no guidance"
+        raise ValueError(f"--guidance {guidance} is not possible for {type(pipe).__name__}; allowed is {allowed}")
+    pipe.set_progress_bar_config(disable=True)
+    return _batches(pipe, family.sample, list(conditions), list(seeds), steps, guidance, batch_size)
+
+
+def _batches(
+    pipe: Any, sample: Sample, conditions: list[int], seeds: list[int], steps: int, guidance: float, batch_size: int
+) -> Iterator[Tensor]:
+    with tqdm(total=len(seeds), desc="sampling", unit="img", dynamic_ncols=True, disable=None) as bar:
+        for start in range(0, len(seeds), batch_size):
+            part = slice(start, start + batch_size)
+            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
+            images = sample(pipe, conditions[part], generators, steps, guidance).float().cpu()
+            if not images.isfinite().all():
+                raise ValueError(f"the export makes images with NaN or infinity (image {start} or soon after)")
+            bar.update(len(images))
+            yield images

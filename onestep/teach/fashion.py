@@ -1,0 +1,180 @@
+"""The embedded `fashion` teacher: a classifier to score with, a VAE, and a latent class-conditional DiT."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..config import option
+from ..denoiser import Denoiser
+from ..metrics.classifier import Classifier
+from ..metrics.frechet import Moments
+from ..prediction import prediction_of
+from ..rng import Rng
+from ..schedule import Schedule
+from .fashion_mnist import CLASSES, load
+from .sheet import save_sheet
+
+NULL = 1000  # DiTPipeline's null class, whatever the number of classes
+
+
+@dataclass
+class FashionConfig:
+    """Options of `python -m onestep.teach fashion`."""
+
+    classifier_steps: int = option(4000, "steps of 128 images for the classifier", minimum=1)
+    vae_steps: int = option(4500, "steps of 64 images for the autoencoder", minimum=1)
+    dit_steps: int = option(7000, "steps of `dit_batch` latents for the diffusion transformer", minimum=1)
+    dit_batch: int = option(128, "batch size of the diffusion transformer", minimum=1)
+    dit_lr: float = option(1e-3, "learning rate of the diffusion transformer", above=0)
+    layers: int = option(5, "transformer layers", minimum=1)
+    heads: int = option(6, "attention heads of 32 channels", minimum=1)
+    label_dropout: float = option(0.1, "fraction of labels replaced by the null class", minimum=0, below=1)
+    real_images: int = option(10_000, "training images kept beside the teacher for the GAN critic", minimum=1)
+
+
+def pixels(images: Tensor) -> Tensor:
+    """uint8 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def teach(config: FashionConfig, data: str | None, work: Path, output: Path) -> None:
+    """Train all parts, each resumable in `work`, and write fashion/, fashion_eval/ and fashion_data/ under `output`."""
+    images, labels = load(data, "train")
+    scores = output / "fashion_eval"
+    classifier = train_classifier(config, images, labels, work, scores)
+    print(f"classifier: {test_accuracy(classifier, data):.2%} of the 10,000 test images")
+    reference(classifier, images).save(scores / "reference.safetensors")
+    vae = train_vae(config, images, work)
+    transformer = train_dit(config, vae, images, labels, work)
+    scheduler = DDIMScheduler(clip_sample=False)
+    names = dict(enumerate(CLASSES))
+    pipeline = DiTPipeline(transformer.half(), vae.half(), scheduler, id2label=names)
+    pipeline.register_to_config(id2label=names)  # save_pretrained forgets it otherwise
+    pipeline.save_pretrained(output / "fashion")
+    save_sheet(output / "fashion_data", images[: config.real_images], labels[: config.real_images], tile=28)
+
+
+def train_classifier(config: FashionConfig, images: Tensor, labels: Tensor, work: Path, output: Path) -> nn.Module:
+    """Cross-entropy with label smoothing on mirrored and shifted images; kept in half precision."""
+    torch.manual_seed(0)
+    network = Classifier()
+    path = output / "classifier.safetensors"
+    if not path.exists():
+
+        def loss(net: nn.Module, rng: Rng) -> Tensor:
+            index = rng.integers(len(images))
+            x = pixels(images[index])
+            x = torch.where(rng.uniform().view(-1, 1, 1, 1) < 0.5, x.flip(3), x)
+            x = x.roll((rng.shared_integer(5) - 2, rng.shared_integer(5) - 2), (2, 3))
+            return F.cross_entropy(net(x), labels[index], label_smoothing=0.05)
+
+        trained = fit_of(network.train(), loss, work / "classifier", config.classifier_steps, 128, 2e-3, 0.05)
+        output.mkdir(parents=True, exist_ok=True)
+        save_file(trained.state_dict(), path)
+    network.load_state_dict(load_file(path))
+    return network.eval()
+
+
+def fit_of(
+    network: nn.Module, loss: Any, folder: Path, steps: int, batch: int, lr: float, decay: float = 0.0
+) -> nn.Module:
+    from .fit import fit
+
+    return fit(network, loss, folder, steps=steps, batch_size=batch, lr=lr, weight_decay=decay, ema=0.998)
+
+
+@torch.no_grad()
+def test_accuracy(classifier: nn.Module, data: str | None) -> float:
+    images, labels = load(data, "test")
+    found = torch.cat([classifier(pixels(chunk)).argmax(1) for chunk in images.split(500)])
+    return float((found == labels).float().mean())
+
+
+@torch.no_grad()
+def reference(classifier: Any, images: Tensor) -> Moments:
+    """Moments of the classifier's features over all training images."""
+    moments = Moments(128)
+    for chunk in tqdm(images.split(500), desc="reference"):
+        moments.update(classifier.features(pixels(chunk)))
+    return moments
+
+
+def train_vae(config: FashionConfig, images: Tensor, work: Path) -> AutoencoderKL:
+    """L1 + 0.5 MSE + a small KL, mean over pixels; latents (4, 8, 8) are scaled to unit standard deviation."""
+    folder = work / "vae-trained"
+    if not (folder / "config.json").exists():
+        torch.manual_seed(0)
+        vae = AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(16, 32, 64),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=8,
+            mid_block_add_attention=False,
+            sample_size=32,
+        )
+
+        def loss(net: Any, rng: Rng) -> Tensor:
+            x = pixels(images[rng.integers(len(images))])
+            posterior = net.encode(x).latent_dist
+            error = net.decode(posterior.mean + posterior.std * rng.normal(posterior.mean.shape[1:])).sample - x
+            return error.abs().mean() + 0.5 * error.square().mean() + 1.6e-6 * posterior.kl().mean()
+
+        fit_of(vae, loss, work / "vae", config.vae_steps, 64, 2e-3).save_pretrained(folder)
+    return AutoencoderKL.from_pretrained(folder).eval()
+
+
+@torch.no_grad()
+def latents_of(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Unscaled posterior means of all images."""
+    chunks = tqdm(images.split(500), desc="latents")
+    return torch.cat([vae.encode(pixels(chunk)).latent_dist.mode() for chunk in chunks])
+
+
+def train_dit(config: FashionConfig, vae: AutoencoderKL, images: Tensor, labels: Tensor, work: Path) -> Any:
+    """Epsilon prediction on the linear beta schedule, uniform t, labels dropped for classifier-free guidance."""
+    from .fit import fit
+
+    latents = latents_of(vae, images)
+    vae.register_to_config(scaling_factor=1 / float(latents.std()))
+    latents = latents * vae.config.scaling_factor
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=config.heads,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        num_layers=config.layers,
+        sample_size=latents.shape[-1],
+        patch_size=2,
+        num_embeds_ada_norm=NULL,
+    ).eval()  # its own label dropout draws anew in every layer
+    scheduler = DDIMScheduler()
+    denoiser = Denoiser(transformer, Schedule.from_scheduler(scheduler), prediction_of(scheduler))
+
+    def loss(network: nn.Module, rng: Rng) -> Tensor:
+        index = rng.integers(len(latents))
+        dropped = torch.where(rng.uniform() < config.label_dropout, NULL, labels[index])
+        return denoiser.loss(latents[index], {"class_labels": dropped}, rng)
+
+    trained = fit(
+        transformer,
+        loss,
+        work / "dit",
+        steps=config.dit_steps,
+        batch_size=config.dit_batch,
+        lr=config.dit_lr,
+        ema=0.9995,
+        weight_decay=0.01,
+    )
+    return trained
