@@ -63,13 +63,9 @@ class TrainConfig:
     ema: float = option(0.99, "decay of the generator's moving average; 0 is off", minimum=0, below=1)
     mixed_precision: str = option("no", "autocast of the networks", choices=("no", "bf16", "fp16"))
     device: str = option("auto", "torch device; auto takes an accelerator where there is one")
-    guidance: float | None = option(
-        None, "teacher's guidance while distilling; none means the teacher's own", minimum=0
-    )
+    guidance: float | None = option(None, "teacher's guidance while distilling; none means the teacher's own", minimum=0)
     init_rho: float | None = option(None, "sigma/alpha of the student's first step; none means the most noise", above=0)
-    input_scale: str = option(
-        "auto", "std of the student's noise; auto: as exported", choices=("auto", "unit", "sigma")
-    )
+    input_scale: str = option("auto", "std of the student's noise; auto: as exported", choices=("auto", "unit", "sigma"))
     student_steps: int = option(1, "network calls of the student for one sample", minimum=1)
     log_every: int = option(10, "steps between log lines", minimum=1, free=True)
     grid_every: int = option(200, "steps between image grids", minimum=1, free=True)
@@ -221,9 +217,7 @@ def load_recipe(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except IsADirectoryError:
-        raise ValueError(
-            f"{path} is a folder; type --config FILE with a YAML file, such as its {CONFIG_NAME}"
-        ) from None
+        raise ValueError(f"{path} is a folder; type --config FILE with a YAML file, such as its {CONFIG_NAME}") from None
     except FileNotFoundError:
         raise ValueError(f"no file {path}; type --config FILE with an existing YAML file") from None
     except (OSError, ValueError) as error:
@@ -313,9 +307,7 @@ class Parser(argparse.ArgumentParser):
         known, extra = self.parse_known_args(args, namespace)
         if extra:
             name = next((each for each in extra if each.startswith("-")), extra[0]).split("=")[0]
-            self.error(
-                f"no flag {name}{nearest(name, self._option_string_actions) or '.'} Type --help to list all flags"
-            )
+            self.error(f"no flag {name}{nearest(name, self._option_string_actions) or '.'} Type --help to list all flags")
         return known
 
 
@@ -339,9 +331,7 @@ def parser(method_options: type, facts_train: Mapping[str, Any] | None = None, m
         for name, each in options_of(owner).items():
             text = f"{each.help} (default: {shown(defaults[name])})".replace("%", "%%")
             if each.kind is bool:
-                group.add_argument(
-                    each.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text
-                )
+                group.add_argument(each.flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
                 continue
             metavar = "{" + ",".join(each.choices) + "}" if each.choices else each.kind.__name__.upper()
             group.add_argument(each.flag, metavar=metavar, default=argparse.SUPPRESS, help=text)

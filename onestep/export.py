@@ -248,9 +248,7 @@ def _verify(folder: Path, generator: Generator, teacher: Teacher, dtype: torch.d
         if not want.isfinite().all():
             raise ValueError("the student makes pictures with NaN or infinity: export an earlier checkpoint")
         if arithmetic == torch.float32 and not error.max() <= TOLERANCE * min(max(1.0, rho / 10), 20.0):
-            raise RuntimeError(
-                f"the exported folder deviates from the generator by {error.max():.3g}, so it is dropped"
-            )
+            raise RuntimeError(f"the exported folder deviates from the generator by {error.max():.3g}, so it is dropped")
         if not error.mean() <= HALF_TOLERANCE:
             raise ValueError(
                 f"in {arithmetic} the exported pictures deviate by {error.mean():.3g} on average, more than "

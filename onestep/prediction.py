@@ -120,9 +120,7 @@ def prediction_of(scheduler: Any) -> Prediction:
         return PREDICTIONS["flow_prediction"]
     name = scheduler.config.get("prediction_type", "epsilon")
     if name not in PREDICTIONS:
-        raise ValueError(
-            f"unknown prediction_type {name!r} in the scheduler's config; allowed are {sorted(PREDICTIONS)}"
-        )
+        raise ValueError(f"unknown prediction_type {name!r} in the scheduler's config; allowed are {sorted(PREDICTIONS)}")
     return PREDICTIONS[name]
 
 

@@ -68,9 +68,7 @@ def export_run(run: Path, folder: Path, dtype: str) -> tuple[Path, Teacher, Trai
     config, options = resolve(cls.Config, facts.train, recipe, {}, str(run / "config.yaml"))
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
-        raise ValueError(
-            f"{run} holds no checkpoint yet; type python -m onestep.train --config {run}/config.yaml first"
-        )
+        raise ValueError(f"{run} holds no checkpoint yet; type python -m onestep.train --config {run}/config.yaml first")
     teacher = load_teacher(config.teacher)
     generator = make_student(config, teacher)
     generator.denoiser.network.load_state_dict(read_weights(checkpoint, "average"), strict=True)
@@ -90,7 +88,7 @@ def finish(trainer: Trainer, options: Any) -> None:
     lines = [f"picture: {folder / 'grid.png'}", f"export:  {target}"]
     if config.evaluate and teacher.facts.protocol:
         lines.append(_score(target, trainer, len(generator.times)))
-    print("\n".join(lines), "\n\nUse it:\n\n" + snippet(teacher, target))
+    print("\n".join(lines), "\n\nUse it:\n\n" + snippet(teacher, target, len(generator.times), DTYPES[config.export_dtype]))
 
 
 def _score(target: Path, trainer: Trainer, steps: int) -> str:
@@ -103,6 +101,4 @@ def _score(target: Path, trainer: Trainer, steps: int) -> str:
     with (trainer.folder / "results.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     metric = row["protocol"]["metric"]
-    return (
-        f"score:   {metric} {row[metric]:.2f}, class accuracy {row['class_accuracy']:.1%} ({row['protocol']['name']})"
-    )
+    return f"score:   {metric} {row[metric]:.2f}, class accuracy {row['class_accuracy']:.1%} ({row['protocol']['name']})"

@@ -87,9 +87,7 @@ def describe(config: TrainConfig, options: Any, trainer: Any) -> str:
         return f"{sum(p.numel() for p in network.parameters()):,} parameters"
 
     lines = [yaml.safe_dump(flat(config, options), sort_keys=False), "networks:"]
-    lines.append(
-        f"  teacher: {type(trainer.teacher.denoiser.network).__name__}, {count(trainer.teacher.denoiser.network)}"
-    )
+    lines.append(f"  teacher: {type(trainer.teacher.denoiser.network).__name__}, {count(trainer.teacher.denoiser.network)}")
     for player, members in trainer.members.items():
         for network in bare(members):
             lines.append(f"  {player}: {type(network).__name__}, {count(network)}")

@@ -271,8 +271,7 @@ def test_images_of_another_shape_are_refused():
 def test_evaluate_gives_the_same_row_for_every_batch_size(export, assets):
     with pytest.warns(UserWarning, match="20 images is biased"):
         rows = [
-            evaluate(export, "fashion-10k", steps=2, guidance=1.5, batch_size=size, count=20, **assets)
-            for size in (20, 7)
+            evaluate(export, "fashion-10k", steps=2, guidance=1.5, batch_size=size, count=20, **assets) for size in (20, 7)
         ]
     row = json.loads(json.dumps(rows[0], allow_nan=False))
     assert "FD" not in row and "FID" not in row

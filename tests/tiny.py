@@ -24,9 +24,7 @@ def randomise(module: nn.Module, seed: int, scale: float = 0.05) -> None:
             parameter.add_(scale * noise.to(parameter))
 
 
-def dit_pipeline(
-    prediction_type: str = "epsilon", learned_variance: bool = False, size: int = 8, classes: int = 10
-) -> Any:
+def dit_pipeline(prediction_type: str = "epsilon", learned_variance: bool = False, size: int = 8, classes: int = 10) -> Any:
     """A DiTPipeline: latents (4, size, size), pictures (1, 2 size, 2 size), 1000 linear betas, null class 1000.
 
     `learned_variance` doubles the network's output channels. `pipeline.labels` has `classes` names, or none for 0.

@@ -54,9 +54,7 @@ class Moments:
     def covariance(self) -> Tensor:
         """Unbiased covariance scatter / (N - 1), shape (D, D). Raises ValueError for fewer than two vectors."""
         if self.count < 2:
-            raise ValueError(
-                f"a covariance needs at least 2 images, and there are {self.count}: type --count 2 or more"
-            )
+            raise ValueError(f"a covariance needs at least 2 images, and there are {self.count}: type --count 2 or more")
         return self._scatter / (self.count - 1)
 
     def save(self, path: str | Path) -> None:

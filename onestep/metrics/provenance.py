@@ -53,9 +53,7 @@ def _commit() -> str | None:
         return None
 
 
-def generation(
-    pipe: Any, folder: str | Path, count: int, first_seed: int, steps: int, guidance: float
-) -> dict[str, Any]:
+def generation(pipe: Any, folder: str | Path, count: int, first_seed: int, steps: int, guidance: float) -> dict[str, Any]:
     """What made the images: the export, its weights' hash, seeds, steps, guidance and network passes an image."""
     family = family_of(pipe)
     return {

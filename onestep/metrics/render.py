@@ -25,9 +25,7 @@ def _dit(pipe: Any, labels: list[int], generators: list[torch.Generator], steps:
     return torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
-def _consistency(
-    pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float
-) -> Tensor:
+def _consistency(pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
     # "pt" comes in [0, 1] already: the pipeline's postprocess_image halves, shifts and clamps for every output type
     return pipe(
         batch_size=len(labels),

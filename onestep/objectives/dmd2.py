@@ -22,15 +22,11 @@ class DMD2Config:
 
     ratio: int = option(5, "critic updates for each generator update (the two time-scale rule)", minimum=1)
     matching: float = option(1.0, "weight of the distribution matching loss", minimum=0.0)
-    gan: float = option(
-        3e-3, "weight of the generator's GAN loss; 0 together with gan_critic 0 drops the GAN", minimum=0.0
-    )
+    gan: float = option(3e-3, "weight of the generator's GAN loss; 0 together with gan_critic 0 drops the GAN", minimum=0.0)
     gan_critic: float = option(1e-2, "weight of the critic's GAN loss", minimum=0.0)
     t_min: float = option(0.02, "least noise of the matching loss, as a fraction of the schedule", minimum=0.0)
     t_max: float = option(0.98, "most noise of the matching loss, as a fraction of the schedule", minimum=0.0)
-    regression: float = option(
-        0.0, "weight of the regression on teacher samples (DMD, Yin et al. 2023, eq. 9)", minimum=0.0
-    )
+    regression: float = option(0.0, "weight of the regression on teacher samples (DMD, Yin et al. 2023, eq. 9)", minimum=0.0)
     pairs: int = option(2048, "teacher samples to regress on, made once and kept in the run's folder", minimum=1)
     pair_steps: int = option(50, "teacher steps for each of those samples", minimum=1)
 
@@ -136,9 +132,7 @@ class DMD2(Objective):
         if not self.config.gan_critic or self.head is None:
             return 0.0
         if batch.real is None:
-            raise ValueError(
-                "DMD2's GAN needs real images: type --data FOLDER, or --gan 0 --gan-critic 0 to go without"
-            )
+            raise ValueError("DMD2's GAN needs real images: type --data FOLDER, or --gan 0 --gan-critic 0 to go without")
         both, conds = torch.cat([x, batch.real]), stack(cond, cond)
         t = self.schedule.at(torch.cat([batch.rng.uniform(), batch.rng.uniform()]))
         noise = torch.cat([batch.rng.normal(x.shape[1:]), batch.rng.normal(x.shape[1:])])

@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("onestep/assets"), help="folder the teacher is written to")
     for owner, _ in teachers.values():
         group = parser.add_argument_group(owner.__name__)
-        for name, each in options_of(owner).items():
+        for each in options_of(owner).values():
             group.add_argument(each.flag, default=argparse.SUPPRESS, help=f"{each.help} (default: {each.default})")
     namespace = parser.parse_args()
     owner, teach = teachers[namespace.teacher]

@@ -82,9 +82,7 @@ def train_classifier(config: FashionConfig, images: Tensor, labels: Tensor, work
     return network.eval()
 
 
-def fit_of(
-    network: nn.Module, loss: Any, folder: Path, steps: int, batch: int, lr: float, decay: float = 0.0
-) -> nn.Module:
+def fit_of(network: nn.Module, loss: Any, folder: Path, steps: int, batch: int, lr: float, decay: float = 0.0) -> nn.Module:
     from .fit import fit
 
     return fit(network, loss, folder, steps=steps, batch_size=batch, lr=lr, weight_decay=decay, ema=0.998)
