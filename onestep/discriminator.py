@@ -19,7 +19,8 @@ def as_map(feature: Tensor) -> Tensor:
 
 def head(channels: int, side: int) -> nn.Sequential:
     """4x4 convolutions of stride 2 down to at most 4x4, one over all that is left, one to the logit (DMD2, appendix)."""
-    groups = math.gcd(32, channels)
+    # a group of one channel would be normalised away where 1x1 is left: at least 4 a group
+    groups = max((g for g in (1, 2, 4, 8, 16, 32) if channels % g == 0 and channels >= 4 * g), default=1)
     layers: list[nn.Module] = []
     while side > 4:
         layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), nn.GroupNorm(groups, channels), nn.SiLU()]

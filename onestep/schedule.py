@@ -101,7 +101,7 @@ class VP(Schedule):
 
     def at_rho(self, rho: float) -> float:
         ratio = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
-        if not ratio[0] <= rho <= ratio[-1] * 1.001:
+        if not ratio[0] * 0.999 <= rho <= ratio[-1] * 1.001:
             raise ValueError(
                 f"init_rho {rho} is outside this teacher's schedule; allowed is {ratio[0]:.4f} to {ratio[-1]:.4f}: "
                 "type for example --init-rho 2.5"

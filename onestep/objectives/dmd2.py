@@ -80,6 +80,8 @@ class DMD2(Objective):
         if update_generator:
             with frozen(self.fake, self.head):  # spans the caller's backward
                 yield "generator", self._generator_loss(x, batch, cond, uncond)
+        if not self.config.matching and not self.config.gan:
+            return  # regression alone asks nothing of a critic
         x = x.detach()
         denoising = self.fake.loss(x, cond, batch.rng)
         self.log["denoising"] = denoising.detach()
@@ -98,7 +100,9 @@ class DMD2(Objective):
         return x
 
     def _generator_loss(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
-        loss = self.config.matching * self._match(x, batch, cond, uncond)
+        loss = x.new_zeros(())
+        if self.config.matching:
+            loss = loss + self.config.matching * self._match(x, batch, cond, uncond)
         if self.config.gan and self.head is not None:
             fool = F.softplus(-self.head(self._features(x, batch, cond))).mean()
             self.log["gan"] = fool.detach()
