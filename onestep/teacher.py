@@ -43,7 +43,17 @@ TEACHERS: dict[str, Facts] = {
         guidance=1.5,
         licence="Apache-2.0; trained on Fashion-MNIST (MIT)",
         protocol="fashion-10k",
-        train={"data": "fashion", "init_rho": 2.5},
+        train={
+            "data": "fashion",
+            "init_rho": 2.5,
+            "iterations": 1200,
+            "lr": 1e-4,
+            "critic_lr": 3e-4,
+            "warmup": 30,
+            "ema": 0.98,
+            "ratio": 3,
+            "gan": 1e-2,
+        },
     ),
     "digits": Facts(
         source=str(ASSETS / "digits"),
