@@ -4,7 +4,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder/step-00000123`; older checkpoints beyond the newest `keep` are deleted only afterwards."""
     final = folder / f"step-{step:08d}"
-    scratch = folder / f".{final.name}.tmp"
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = _scratch(final)
+    for abandoned in folder.glob(_scratch(folder / "*").name):  # of a run that was killed while it wrote or deleted
+        shutil.rmtree(abandoned)
     scratch.mkdir(parents=True)
     groups: dict[str, Any] = {}
     for name, module in modules.items():
@@ -29,7 +31,8 @@ def save_checkpoint(
         tensors, groups[name] = _flatten(optimizer.state_dict())
         save_file(tensors, scratch / f"optimizer-{name}.safetensors")
     hashes = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
-    (scratch / "state.json").write_text(json.dumps({"step": step, "groups": groups, "sha256": hashes}, indent=1))
+    state = {"step": step, "groups": groups, "sha256": hashes}
+    (scratch / "state.json").write_text(json.dumps(state | {"check": _check(state)}, indent=1))
     for path in scratch.iterdir():
         _fsync(path)
     _fsync(scratch)
@@ -37,7 +40,7 @@ def save_checkpoint(
     scratch.rename(final)
     _fsync(folder)
     for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old.rename(_scratch(old)))  # renamed first: what bears the name of a checkpoint is whole
     return final
 
 
@@ -49,31 +52,58 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def load_checkpoint(path: Path, modules: Mapping[str, nn.Module], optimizers: Mapping[str, Any]) -> int:
     """Load every tensor strictly; returns the number of steps done. Raises ValueError naming what is broken."""
-    try:
-        state = json.loads((path / "state.json").read_text())
-        for name, expected in state["sha256"].items():
-            if _sha256(path / name) != expected:
-                raise ValueError(f"{name} has changed since it was written")
+    with _explained(path):
+        state = _state(path)
+        for name in state["sha256"]:
+            _verify(path, state, name)
         for name, module in modules.items():
             module.load_state_dict(load_file(path / f"{name}.safetensors"), strict=True)
         for name, optimizer in optimizers.items():
             tensors = load_file(path / f"optimizer-{name}.safetensors")
             optimizer.load_state_dict(_unflatten(tensors, state["groups"][name]))
         return int(state["step"])
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
+
+
+def read_weights(path: Path, name: str) -> dict[str, Tensor]:
+    """One module's tensors from a checkpoint. Raises ValueError where they are missing or broken."""
+    with _explained(path):
+        _verify(path, _state(path), f"{name}.safetensors")
+        return load_file(path / f"{name}.safetensors")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever a damaged checkpoint raises, as a ValueError that says what to do."""
+    try:
+        yield
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = f"{error} is missing in it" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(
             f"the checkpoint {path} cannot be used: {reason}. Delete that folder to go on from the one before it, "
             "or start over with --restart"
         ) from error
 
 
-def read_weights(path: Path, name: str) -> dict[str, Tensor]:
-    """One module's tensors from a checkpoint. Raises ValueError where they are missing or broken."""
-    try:
-        return load_file(path / f"{name}.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"the checkpoint {path} holds no readable {name}.safetensors: {error}") from error
+def _state(path: Path) -> dict[str, Any]:
+    state = json.loads((path / "state.json").read_text())
+    check = state.pop("check", None)
+    if set(state) != {"step", "groups", "sha256"} or check not in (None, _check(state)):
+        raise ValueError("state.json has changed since it was written")
+    return state
+
+
+def _check(state: dict[str, Any]) -> str:
+    """A hash of state.json's content; written again it must be the same: JSON keeps every float exactly."""
+    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+
+
+def _verify(path: Path, state: dict[str, Any], name: str) -> None:
+    if _sha256(path / name) != state["sha256"][name]:
+        raise ValueError(f"{name} has changed since it was written")
+
+
+def _scratch(final: Path) -> Path:
+    return final.with_name(f".{final.name}.tmp")
 
 
 def _flatten(state: dict[str, Any]) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

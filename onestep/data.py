@@ -49,7 +49,7 @@ def load_images(source: str, channels: int, size: int) -> tuple[Tensor, Tensor]:
         folder = ImageFolder(source, transform, loader=lambda path: Image.open(path).convert(mode))
     except (FileNotFoundError, OSError) as error:
         raise ValueError(f"{source} holds no class folders with images: {error}") from error
-    pairs = [folder[i] for i in tqdm(range(len(folder)), desc="reading images", leave=False)]
+    pairs = [folder[i] for i in tqdm(range(len(folder)), desc="reading images", leave=False, disable=None)]
     return torch.stack([image for image, _ in pairs]), torch.tensor(folder.targets)
 
 
@@ -84,7 +84,7 @@ class Data:
             return cls(None, None, teacher.classes, seed)
         channels, size = teacher.image_shape
         images, labels = load_images(source, channels, size)
-        chunks = tqdm(images.split(256), desc="encoding real images", leave=False)
+        chunks = tqdm(images.split(256), desc="encoding real images", leave=False, disable=None)
         real = torch.cat([teacher.to_x0(chunk.to(teacher.device)) for chunk in chunks])
         return cls(real, labels.to(teacher.device), teacher.classes, seed)
 

@@ -2,6 +2,8 @@
 
 The folder holds the student's network, a diffusers scheduler whose own timesteps are the student's, the teacher's other
 parts and a model card. It is reloaded and its pictures are compared with the generator's before it takes its name.
+
+    python -m onestep.export RUN [--output FOLDER] [--dtype fp32|fp16|bf16]
 """
 
 import copy
@@ -9,50 +11,23 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
-from .denoiser import Denoiser, unwrap
+from .card import Card, card_text
+from .cli import Parser
+from .denoiser import unwrap
 from .generator import Generator
-from .metrics.render import family_of, load_pipeline
 from .prediction import EDMPreconditioned
 from .schedule import EDM, VP, RectifiedFlow
 from .teacher import Teacher
-
-TOLERANCE = 1e-5
-"""Largest deviation of a picture in [0, 1] in float32, for sigma/alpha up to 10 at the first step. Beyond, it grows in
-proportion, to 2e-4 at most: x0 = (x_t - sigma eps) / alpha multiplies float32's own rounding by sigma/alpha."""
-HALF_TOLERANCE = 0.03
-"""Largest mean deviation of a picture in [0, 1] when the folder is run in fp16 or bf16, where rounding dominates."""
-SEEDS = (0, 1, 2, 3)
-SCORE = ("<!-- score -->\n", "<!-- /score -->\n")
-LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "openrail++", "unknown"}
-"""Values that the front matter of a model card may name; anything else is "other"."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the model card says beside what the export itself knows."""
-
-    method: str
-    teacher: str
-    guidance: float
-    """The teacher's, in out = uncond + guidance * (cond - uncond)."""
-    licence: str
-    """The teacher's."""
-    config: Mapping[str, Any]
-    """Every resolved training option."""
-    score: Mapping[str, Any] | None = None
-    """A row of `onestep.metrics.evaluate`."""
-    command: str = ""
-    """What was typed to train it."""
+from .verify import verify
 
 
 def export(generator: Generator, teacher: Teacher, folder: Path, dtype: torch.dtype, card: Card) -> Path:
@@ -77,9 +52,9 @@ def export(generator: Generator, teacher: Teacher, folder: Path, dtype: torch.dt
                 config = json.loads(path.read_text(encoding="utf-8"))
                 config.pop("_name_or_path", None)  # diffusers notes where the teacher lay on this disk
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            text = _card_text(card, generator, teacher, folder.resolve().name, dtype)
+            text = card_text(card, generator, teacher, folder.resolve().name, dtype)
             (scratch / "README.md").write_text(text, encoding="utf-8")
-            _verify(scratch, generator, type(teacher)(rounded, teacher.facts), dtype)
+            verify(scratch, generator, type(teacher)(rounded, teacher.facts), dtype)
     except OSError as error:
         raise ValueError(
             f"the export cannot be written to {folder}: {error.strerror or error}; name a folder that is writable"
@@ -191,13 +166,7 @@ def _stock_pipeline(generator: Generator, teacher: Teacher, scheduler: Any, dtyp
         fresh.load_state_dict({key: value.to("cpu", dtype) for key, value in source.state_dict().items()})
         parts[name] = fresh.eval()
     pipeline: Any = type(teacher.pipeline)(**parts)
-    if type(pipeline).__name__ == "DiTPipeline":
-        # a DiTPipeline keeps its class names as {name: id}, and loses them when it is saved unless its config has them
-        names: dict[int, list[str]] = {}
-        for name, index in teacher.pipeline.labels.items():
-            names.setdefault(index, []).append(name)
-        if names:
-            pipeline.register_to_config(id2label={index: ", ".join(each) for index, each in sorted(names.items())})
+    teacher.complete(pipeline)
     return pipeline
 
 
@@ -235,147 +204,26 @@ def _replacing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _verify(folder: Path, generator: Generator, teacher: Teacher, dtype: torch.dtype) -> None:
-    """Compare the reloaded folder with the generator on the weights of `teacher`, which holds the export in float32."""
-    live = generator.denoiser
-    student = Denoiser(teacher.denoiser.network, live.schedule, live.prediction, live.call)
-    reference = Generator(student, generator.times, generator.input_scale)
-    alpha_t, sigma_t = live.schedule.coefficients(generator.time(0, torch.zeros(1)))
-    rho = float(sigma_t / alpha_t) if isinstance(live.schedule, VP) else 1.0
-    for arithmetic in dict.fromkeys((torch.float32, dtype)):
-        want = _own_pictures(reference, teacher, arithmetic)
-        error = (_stock_pictures(folder, teacher, len(generator.times), arithmetic) - want).abs()
-        if not want.isfinite().all():
-            raise ValueError("the student makes pictures with NaN or infinity: export an earlier checkpoint")
-        if arithmetic == torch.float32 and not error.max() <= TOLERANCE * min(max(1.0, rho / 10), 20.0):
-            raise RuntimeError(f"the exported folder deviates from the generator by {error.max():.3g}, so it is dropped")
-        if not error.mean() <= HALF_TOLERANCE:
-            raise ValueError(
-                f"in {arithmetic} the exported pictures deviate by {error.mean():.3g} on average, more than "
-                f"{HALF_TOLERANCE}; type --export-dtype fp32"
-            )
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; bad input is one line on stderr and exit code 2."""
+    from .run import DTYPES, export_run  # which itself exports
 
-
-def _stock_pictures(folder: Path, teacher: Teacher, steps: int, dtype: torch.dtype) -> Tensor:
-    """What plain diffusers makes of the folder on the CPU, one generator an image, shape (B, C, H, W) in [0, 1]."""
-    from diffusers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of half precision on a CPU, which this very run is about
-    try:
-        pipeline = load_pipeline(folder, "cpu", dtype)
-    finally:
-        logging.set_verbosity(verbosity)
-    labels = [seed % teacher.classes for seed in SEEDS]
-    with torch.random.fork_rng(devices=[]):
-        # not torch.manual_seed: it would also reseed the accelerators that a training is drawing from
-        torch.default_generator.manual_seed(SEEDS[0])
-        sources = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        return family_of(pipeline).sample(pipeline, labels, sources, steps, 1.0).float()
-
-
-@torch.no_grad()
-def _own_pictures(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Tensor:
-    """The generator's pictures from the noise that `_stock_pictures` sees, drawn in `dtype`, computed in float32."""
-    sources = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-
-    def draw() -> Tensor:
-        return torch.cat([torch.randn((1, *teacher.shape), generator=each, dtype=dtype) for each in sources]).float()
-
-    z, count = draw(), len(generator.times) - 1
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEEDS[0])
-        if type(teacher.pipeline).__name__ == "DiTPipeline":  # it hands its generators to the first noise alone
-            noises = [torch.randn(z.shape, dtype=dtype).float() for _ in range(count)]
-        else:
-            noises = [draw() for _ in range(count)]
-    cond, _ = teacher.encode(torch.tensor([seed % teacher.classes for seed in SEEDS]))
-    return teacher.to_images(generator(z, cond, noises)).float()
-
-
-def snippet(teacher: Teacher, folder: str | Path, steps: int = 1, dtype: torch.dtype = torch.float32) -> str:
-    """Five lines of Python that load an export of a student of `teacher`, make pictures and save one of them."""
-    pipeline = type(teacher.pipeline).__name__
-    labels = list(range(min(4, teacher.classes)))
-    cond, _ = teacher.encode(torch.tensor(labels))
-    given = [f"class_labels={labels}"] if cond else []
-    given += ["guidance_scale=1"] if pipeline == "DiTPipeline" else [f"batch_size={len(labels)}"]
-    given += [f"num_inference_steps={steps}", "generator=torch.Generator().manual_seed(0)"]
-    return "\n".join(
-        (
-            "import torch",
-            f"from diffusers import {pipeline}",
-            f"pipe = {pipeline}.from_pretrained({json.dumps(str(folder))}, torch_dtype={dtype})",
-            f"images = pipe({', '.join(given)}).images",
-            'images[0].save("picture.png")',
-        )
+    reader = Parser(
+        prog="python -m onestep.export",
+        description="Export the averaged student of a run's newest checkpoint as a stock diffusers folder.",
+        allow_abbrev=False,
     )
-
-
-def _card_text(card: Card, generator: Generator, teacher: Teacher, name: str, dtype: torch.dtype) -> str:
-    """README.md of the folder."""
-    identifier = card.licence.split(";")[0].strip().lower()
-    known = identifier in LICENCES
-    licence = {"license": identifier} if known else {"license": "other", "license_name": card.licence}
-    front = {**licence, "library_name": "diffusers", "tags": ["diffusion", "distillation", "one-step", card.method]}
-    steps = len(generator.times)
-    config = yaml.safe_dump(dict(card.config), sort_keys=False)
-    trained = f"\nTrained with\n\n```bash\n{card.command}\n```\n" if card.command else ""
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False)}---
-
-# {name}
-
-{card.teacher}, distilled with {card.method} into a generator of {steps} network call{"s" * (steps > 1)} an image.
-
-```python
-{snippet(teacher, name, steps, dtype)}
-```
-
-| | |
-|---|---|
-| Teacher | {card.teacher}, guidance {card.guidance:g} (`uncond + guidance * (cond - uncond)`) |
-| Licence of the teacher | {card.licence} |
-| Method | {card.method} |
-| Steps | {steps}, at {", ".join(f"{t:g}" for t in generator.times)}; other numbers of steps were not trained |
-| Guidance | built in; do not add any |
-| Weights | {str(dtype).removeprefix("torch.")} |
-
-## Score
-
-{_score_text(card.score)}{trained}
-<details><summary>Every training option</summary>
-
-```yaml
-{config}```
-
-</details>
-"""
-
-
-def _score_text(row: Mapping[str, Any] | None) -> str:
-    """The card's score between its marks: one line an entry of the row, nested entries as JSON."""
-    if row is None:
-        return "not scored\n".join(SCORE)
-    # the path that the export had while it was scored says nothing to its users
-    shown = {key: value for key, value in row.items() if key != "export"}
-    lines = [f"| {key} | {value if isinstance(value, str) else json.dumps(value)} |\n" for key, value in shown.items()]
-    return ("| | |\n|---|---|\n" + "".join(lines)).join(SCORE)
-
-
-def update_score(folder: Path, row: Mapping[str, Any]) -> None:
-    """Put a row of `onestep.metrics.evaluate` into the card of an exported folder; the file is replaced in one move.
-
-    Raises ValueError where the folder has no such card.
-    """
-    path, (opening, closing) = folder / "README.md", SCORE
+    reader.add_argument("run", type=Path, metavar="RUN", help="folder of a run of onestep.train")
+    reader.add_argument("--output", type=Path, metavar="FOLDER", help="where to (default: RUN/export)")
+    reader.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: the run's --export-dtype)")
+    given = reader.parse_args(argv)
     try:
-        before, _, rest = path.read_text(encoding="utf-8").partition(opening)
-        _, mark, after = rest.partition(closing)
-        if not mark:
-            raise ValueError(f"{path} has no score to replace; export the folder again")
-        partial = path.with_name(".README.md.partial")
-        partial.write_text(before + _score_text(row) + after, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be rewritten: {error.strerror}; name a complete, writable export") from error
+        lines = export_run(given.run, given.output, given.dtype)
+    except (ValueError, OSError) as error:
+        reader.error(str(error))
+    print(f"export: {given.output or given.run / 'export'}\n\nUse it:\n\n{lines}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,20 +1,21 @@
 """A run from its options: the teacher, student and objective they describe, and what is made of them at the end."""
 
-import copy
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .card import Card, snippet, update_score
 from .checkpoint import latest_checkpoint, read_weights
-from .config import TrainConfig, flat, load_config, resolve
+from .config import CONFIG_NAME, PROG, TrainConfig, flat, load_config, resolve
 from .data import Data
-from .export import Card, export, snippet, update_score
+from .export import export
 from .generator import Generator, steps_from
-from .objectives import Objective, objective_class
+from .objectives import objective_class
 from .teacher import Teacher, facts_of, load_teacher
-from .trainer import Trainer, accelerator_of
+from .trainer import Trainer, accelerator_of, rows_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -36,14 +37,21 @@ def make_student(config: TrainConfig, teacher: Teacher) -> Generator:
     return generator
 
 
-def make_trainer(config: TrainConfig, options: Any) -> Trainer:
-    """Everything a run trains. Raises ValueError for options that do not fit the teacher or its data."""
-    device = accelerator_of(config).device
-    teacher = load_teacher(config.teacher, device)
+def make_trainer(config: TrainConfig, options: Any, cache: Path | None = None) -> Trainer:
+    """Everything a run trains; caches are kept in `cache`, by default in the run's folder.
+
+    Raises ValueError for options that do not fit the teacher, its data or the number of processes.
+    """
+    accelerator = accelerator_of(config)
+    rows_of(config, accelerator.num_processes)
+    teacher = load_teacher(config.teacher, accelerator.device)
     generator = make_student(config, teacher)
     data = Data.of(config.data, teacher, config.seed)
-    cls: type[Objective] = objective_class(config.method)
-    objective = cls(options, teacher, generator, guidance_of(config, teacher), config.folder / "cache")
+    torch.manual_seed(config.seed)  # of the networks that start from scratch
+    with accelerator.main_process_first():  # one process fills the cache, the others find it
+        objective = objective_class(config.method)(
+            options, teacher, generator, guidance_of(config, teacher), cache or config.folder / "cache"
+        )
     return Trainer(config, teacher, generator, objective, data, config.folder)
 
 
@@ -56,39 +64,44 @@ def card_of(config: TrainConfig, options: Any, teacher: Teacher) -> Card:
         licence=teacher.facts.licence,
         config=flat(config, options),
         score=None,
-        command=f"python -m onestep.train --config {config.folder}/config.yaml",
+        command=f"{PROG} --config {shlex.quote(str(config.folder / CONFIG_NAME))}",
     )
 
 
-def export_run(run: Path, folder: Path, dtype: str) -> tuple[Path, Teacher, TrainConfig]:
-    """Export the averaged student of a run's newest checkpoint. Raises ValueError where there is none."""
+def export_run(run: Path, folder: Path | None = None, dtype: str | None = None) -> str:
+    """Export the averaged student of a run's newest checkpoint; the defaults are the run's own. Returns the snippet.
+
+    Raises ValueError where the folder holds no run, or a run without a sound checkpoint.
+    """
     recipe = load_config(run)
-    facts = facts_of(str(recipe.get("teacher")))
-    cls = objective_class(str(recipe.get("method")))
-    config, options = resolve(cls.Config, facts.train, recipe, {}, str(run / "config.yaml"))
+    source = str(run / CONFIG_NAME)
+    for key in ("method", "teacher"):
+        if not isinstance(recipe.get(key), str):
+            raise ValueError(f"{source} names no {key}, so {run} is no run of onestep.train; name the folder of one")
+    method_options = objective_class(recipe["method"]).Config
+    config, options = resolve(method_options, facts_of(recipe["teacher"]).train, recipe, {}, source)
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
-        raise ValueError(f"{run} holds no checkpoint yet; type python -m onestep.train --config {run}/config.yaml first")
+        raise ValueError(f"{run} holds no checkpoint yet; type {PROG} --config {shlex.quote(source)} first")
     teacher = load_teacher(config.teacher)
     generator = make_student(config, teacher)
     generator.denoiser.network.load_state_dict(read_weights(checkpoint, "average"), strict=True)
-    export(generator, teacher, folder, DTYPES[dtype], card_of(config, options, teacher))
-    return folder, teacher, config
+    target, kind = folder or run / "export", DTYPES[dtype or config.export_dtype]
+    export(generator, teacher, target, kind, card_of(config, options, teacher))
+    return snippet(teacher, target, len(generator.times), kind)
 
 
 def finish(trainer: Trainer, options: Any) -> None:
-    """Export, score by the teacher's protocol, and print where everything is and how to use it."""
+    """Export, score by the teacher's protocol, and print where everything is and how to use it; for one process."""
     config, teacher, folder = trainer.config, trainer.teacher, trainer.folder
-    trainer.draw(folder / "grid.png")
-    if not trainer.accelerator.is_main_process:
-        return
-    generator = copy.deepcopy(trainer.averaged())
-    target = folder / "export"
-    export(generator, teacher, target, DTYPES[config.export_dtype], card_of(config, options, teacher))
-    lines = [f"picture: {folder / 'grid.png'}", f"export:  {target}"]
+    picture, target, dtype = folder / "grid.png", folder / "export", DTYPES[config.export_dtype]
+    trainer.draw(picture)
+    generator = trainer.averaged()
+    export(generator, teacher, target, dtype, card_of(config, options, teacher))
+    lines = [f"picture: {picture}", f"export:  {target}"]
     if config.evaluate and teacher.facts.protocol:
         lines.append(_score(target, trainer, len(generator.times)))
-    print("\n".join(lines), "\n\nUse it:\n\n" + snippet(teacher, target, len(generator.times), DTYPES[config.export_dtype]))
+    print("\n".join([*lines, "", "Use it:", "", snippet(teacher, target, len(generator.times), dtype)]))
 
 
 def _score(target: Path, trainer: Trainer, steps: int) -> str:

@@ -71,6 +71,8 @@ class Teacher(ABC):
     """Attribute of the pipeline that holds the network."""
     export_scale: str
     """"unit" where the stock pipeline starts from N(0, 1), "sigma" where from N(0, sigma^2), at its first time."""
+    seeded_chain: bool
+    """Whether the stock pipeline draws a chain's later noises, like the first, from the generators it is given."""
 
     def __init__(self, pipeline: Any, facts: Facts):
         self.pipeline, self.facts = pipeline, facts
@@ -146,6 +148,14 @@ class Teacher(ABC):
         """(cond, uncond) for a batch of conditions: class labels, shape (B,)."""
 
     @abstractmethod
+    def arguments(self, labels: list[int]) -> dict[str, Any]:
+        """What the stock pipeline is called with for plain conditional pictures of these classes."""
+
+    def complete(self, pipeline: Any) -> None:
+        """Note in a new pipeline of this family what its class would lose when it is saved; by default nothing."""
+        return None
+
+    @abstractmethod
     def to_x0(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] to x0 units: VAE latents, or the pixels themselves."""
 
@@ -159,6 +169,7 @@ class DiTTeacher(Teacher):
 
     network_name = "transformer"
     export_scale = "unit"
+    seeded_chain = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -174,11 +185,22 @@ class DiTTeacher(Teacher):
     def classes(self) -> int:
         return len(self.pipeline.labels) or self.pipeline.transformer.config.num_embeds_ada_norm
 
-    def taps(self, network: nn.Module) -> list[str]:
+    def taps(self, network: Any) -> list[str]:
         return [f"transformer_blocks.{(len(network.transformer_blocks) - 1) // 2}"]
 
     def encode(self, conditions: Tensor) -> tuple[Cond, Cond | None]:
         return {"class_labels": conditions}, {"class_labels": torch.full_like(conditions, 1000)}
+
+    def arguments(self, labels: list[int]) -> dict[str, Any]:
+        return {"class_labels": labels, "guidance_scale": 1}
+
+    def complete(self, pipeline: Any) -> None:
+        # the class keeps its names as {name: id}, and loses them when it is saved unless its config has them
+        names: dict[int, list[str]] = {}
+        for name, index in self.pipeline.labels.items():
+            names.setdefault(index, []).append(name)
+        if names:
+            pipeline.register_to_config(id2label={index: ", ".join(each) for index, each in sorted(names.items())})
 
     @torch.no_grad()
     def to_x0(self, images: Tensor) -> Tensor:
@@ -195,6 +217,7 @@ class EDMTeacher(Teacher):
 
     network_name = "unet"
     export_scale = "sigma"
+    seeded_chain = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -216,6 +239,10 @@ class EDMTeacher(Teacher):
         if self.pipeline.unet.config.num_class_embeds is None:
             return {}, None
         return {"class_labels": conditions}, None
+
+    def arguments(self, labels: list[int]) -> dict[str, Any]:
+        cond, _ = self.encode(torch.tensor(labels))
+        return ({"class_labels": labels} if cond else {}) | {"batch_size": len(labels)}
 
     def to_x0(self, images: Tensor) -> Tensor:
         return images
@@ -250,15 +277,23 @@ def facts_of(name: str) -> Facts:
 def load_teacher(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Teacher:
     """The teacher of that short name, diffusers folder or hub id. Raises ValueError where it cannot be had."""
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging
 
     facts = facts_of(name)
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()  # its bars and warnings would hide the one line that matters
+    logging.set_verbosity(logging.CRITICAL)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(facts.source, torch_dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(facts.source).to(dtype)
     except Exception as error:
         raise ValueError(
             f"the teacher {name!r} could not be loaded from {facts.source}: {error}. "
             "Allowed is a complete diffusers folder or a hub id that this machine can reach"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
     family = FAMILIES.get(type(pipeline).__name__)
     if family is None:
         raise ValueError(

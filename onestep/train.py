@@ -1,33 +1,30 @@
 """python -m onestep.train: distil a teacher, export the student, score it."""
 
 import os
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .config import (
-    Parser,
-    TrainConfig,
-    differences,
-    first_pass,
-    flags_of,
-    flat,
-    load_config,
-    parser,
-    resolve,
-    save_config,
-)
+from .cli import Parser, first_pass, flags_of, parser
+from .config import CONFIG_NAME, PROG, TrainConfig, differences, flat, load_config, resolve, save_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; bad input is one line on stderr and exit code 2."""
     try:
         return _main(sys.argv[1:] if argv is None else argv)
-    except (ValueError, FloatingPointError) as error:
-        Parser(prog="python -m onestep.train").error(str(error))
+    except (ValueError, FloatingPointError, OSError) as error:
+        Parser(prog=PROG).error(str(error))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -38,59 +35,100 @@ def _main(argv: Sequence[str]) -> int:
     cls, facts = objective_class(first.method), facts_of(first.teacher)
     namespace = parser(cls.Config, facts.train, first.method).parse_args(argv)
     config, options = resolve(cls.Config, facts.train, first.recipe, flags_of(namespace), first.config or "the recipe")
-    if not namespace.dry_run:
-        prepare_folder(config, options, cls.Config, namespace.restart)
-    from .run import finish, make_trainer
-
-    trainer = make_trainer(config, options)
     if namespace.dry_run:
-        print(describe(config, options, trainer))
-        return 0
-    save_config(config.folder, config, options)
-    if trainer.run():
+        return _dry_run(config, options)
+    from .run import finish, make_trainer
+    from .trainer import accelerator_of
+
+    accelerator = accelerator_of(config)
+    if accelerator.is_main_process:
+        check_folder(config, options, cls.Config, namespace.restart)
+    with claimed(config, options, namespace.restart, accelerator.is_main_process):
+        accelerator.wait_for_everyone()
+        trainer = make_trainer(config, options)
+        finished = trainer.run()
+    if accelerator.is_main_process and finished:
         finish(trainer, options)
-    else:
+    elif accelerator.is_main_process:
         print(f"stopped and saved at step {trainer.step}; the same command goes on from there")
+    accelerator.end_training()
     return 0
 
 
-def prepare_folder(config: TrainConfig, options: Any, method_options: type, restart: bool) -> None:
-    """Make sure the folder can be written and holds no other run. `restart` moves what is there out of the way.
+def _dry_run(config: TrainConfig, options: Any) -> int:
+    from .run import make_trainer
 
-    Raises ValueError for a folder that cannot be made and for a run with other options.
-    """
+    with tempfile.TemporaryDirectory() as cache:
+        print(describe(config, options, make_trainer(config, options, Path(cache))))
+    return 0
+
+
+def check_folder(config: TrainConfig, options: Any, method_options: type, restart: bool) -> None:
+    """Changes nothing. Raises ValueError for a folder that cannot be made or written, that holds something else than a
+    run, or that holds a run with other options, unless that is to `restart`."""
     folder = config.folder
-    if restart and folder.exists():
-        aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-        folder.rename(aside)
-        print(f"moved {folder} to {aside}")
-    if (folder / "config.yaml").exists():
-        changed = differences(load_config(folder), flat(config, options), method_options)
-        if changed:
-            raise ValueError(
-                f"{folder} holds a run with other options ({'; '.join(changed)}); type --output with another folder, "
-                "or --restart to start over there"
-            )
-        return
     nearest = folder
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise ValueError(f"{folder} cannot be made: {nearest} is no writable folder; type --output with another one")
+    if (folder / CONFIG_NAME).exists():
+        changed = [] if restart else differences(load_config(folder), flat(config, options), method_options)
+        if changed:
+            raise ValueError(
+                f"{folder} holds a run with other options ({'; '.join(changed)}); type --output with another folder, "
+                "or --restart to start over there"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other things than a run; type --output with a new folder")
+
+
+@contextmanager
+def claimed(config: TrainConfig, options: Any, restart: bool, main_process: bool) -> Iterator[None]:
+    """Take the folder for this run: what is there is moved aside by `restart`, and config.yaml is in it from the start.
+
+    Where the options turn out not to fit (ValueError, OSError) before anything was trained, all of that is taken back.
+    """
+    if not main_process:
+        yield
+        return
+    folder, aside = config.folder, None
+    if restart and folder.exists():
+        aside = folder.with_name(f"{folder.name}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+        folder.rename(aside)
+    fresh = not (folder / CONFIG_NAME).exists()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        if fresh:
+            save_config(folder, config, options)
+        yield
+    except (ValueError, OSError):
+        if fresh and not (folder / "checkpoints").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            if aside:
+                aside.rename(folder)
+            elif folder not in made:
+                folder.mkdir()
+            for parent in made[1:]:
+                if any(parent.iterdir()):
+                    break  # another run has moved in
+                parent.rmdir()
+        raise
+    save_config(folder, config, options)  # options that may change when a run is resumed
+    if aside:
+        print(f"the run that was in {folder} is in {aside}")
 
 
 def describe(config: TrainConfig, options: Any, trainer: Any) -> str:
     """The resolved options as YAML and the networks with their parameter counts."""
     from .trainer import bare
 
-    def count(network: Any) -> str:
-        return f"{sum(p.numel() for p in network.parameters()):,} parameters"
+    def line(role: str, network: Any) -> str:
+        return f"  {role}: {type(network).__name__}, {sum(p.numel() for p in network.parameters()):,} parameters"
 
     lines = [yaml.safe_dump(flat(config, options), sort_keys=False), "networks:"]
-    lines.append(f"  teacher: {type(trainer.teacher.denoiser.network).__name__}, {count(trainer.teacher.denoiser.network)}")
-    for player, members in trainer.members.items():
-        for network in bare(members):
-            lines.append(f"  {player}: {type(network).__name__}, {count(network)}")
+    lines.append(line("teacher", trainer.teacher.denoiser.network))
+    lines += [line(player, network) for player, members in trainer.members.items() for network in bare(members)]
     return "\n".join(lines)
 
 

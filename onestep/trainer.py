@@ -3,10 +3,12 @@
 import copy
 import json
 import math
+import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,12 +22,15 @@ from tqdm import tqdm
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .data import Data
-from .denoiser import unwrap
+from .denoiser import Cond, Denoiser, unwrap
 from .generator import Generator
 from .grid import save_grid
 from .objectives import Objective
 from .rng import Rng
 from .teacher import Teacher
+
+COLUMNS = 6
+"""Pictures a class in a grid."""
 
 
 class Trainer:
@@ -47,13 +52,7 @@ class Trainer:
         self.config, self.teacher, self.generator, self.objective = config, teacher, generator, objective
         self.data, self.folder, self.step, self.stopped = data, folder, 0, False
         self.accelerator = accelerator_of(config)
-        share = config.accumulation * self.accelerator.num_processes
-        if config.batch_size % share:
-            raise ValueError(
-                f"batch_size {config.batch_size} cannot be split over accumulation {config.accumulation} x "
-                f"{self.accelerator.num_processes} processes; type a multiple of {share}"
-            )
-        self.rows = config.batch_size // share
+        self.rows = rows_of(config, self.accelerator.num_processes)
         self.average = copy.deepcopy(generator.denoiser.network).requires_grad_(False)
         self.members = {name: list(modules) for name, modules in objective.players().items()}
         self.optimizers = {name: self._optimizer(name) for name in self.members}
@@ -62,37 +61,45 @@ class Trainer:
         for members in self.members.values():
             for member in members:
                 member.network = self.accelerator.prepare(member.network)
-        self._grid: tuple[Tensor, Tensor, Tensor] | None = None
 
     def _optimizer(self, player: str) -> torch.optim.Optimizer:
         c = self.config
         parameters = [p for network in bare(self.members[player]) for p in network.parameters()]
-        lr = c.lr if player == "generator" else c.critic_lr
-        return torch.optim.AdamW(parameters, lr, (c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
+        return torch.optim.AdamW(parameters, self._lr(player), (c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
+
+    def _lr(self, player: str) -> float:
+        """The learning rate of the step to come: linear warm-up, then constant or a half cosine to zero."""
+        c = self.config
+        peak = c.lr if player == "generator" else c.critic_lr
+        warm = min(1.0, (self.step + 1) / max(1, c.warmup))
+        return peak * warm * (1.0 if c.lr_decay == "constant" else 0.5 * (1 + math.cos(math.pi * self.step / c.iterations)))
 
     # ---- the loop
 
     def run(self) -> bool:
         """Train to the end; False where a signal asked to stop (the state is saved)."""
         self.resume()
-        c = self.config
+        c, stop = self.config, False
         with self._logging() as log, self._signals():
-            while self.step < c.iterations and not self.stopped:
+            while self.step < c.iterations and not stop:
                 self.update()
                 self.step += 1
-                if self.step % c.log_every == 0 or self.step == c.iterations:
+                last = self.step == c.iterations
+                due = self.step % c.log_every == 0 or last
+                if due:
                     log(self._scalars())
-                if c.grid_every and self.step % c.grid_every == 0:
+                if self.step % c.grid_every == 0:
                     self.draw(self.folder / "grids" / f"step-{self.step:08d}.png")
-                if self.step % c.checkpoint_every == 0 or self.step == c.iterations or self.stopped:
+                stop = self._asked_to_stop(due)
+                if self.step % c.checkpoint_every == 0 or last or stop:
                     self.save()
         return self.step >= c.iterations
 
     def update(self) -> None:
         """One optimiser step of every player whose turn it is, over all micro-batches."""
-        for optimizer in self.optimizers.values():
+        for player, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * self._lr_factor()
+                group["lr"] = self._lr(player)
         c, accelerator = self.config, self.accelerator
         for micro in range(c.accumulation):
             last = micro == c.accumulation - 1
@@ -111,7 +118,10 @@ class Trainer:
                         self._apply(player)
 
     def _next(self, turns: Iterator[tuple[str, Tensor]]) -> tuple[str, Tensor] | None:
-        with self.accelerator.autocast():  # teacher and critic in one precision
+        # around the whole step, so that teacher and critic run in one precision; the networks are not patched for it.
+        # No cache: older torch finds weights cast under no_grad again, without their gradient, in a chain's last call
+        device, bf16 = self.accelerator.device.type, self.config.mixed_precision == "bf16"
+        with torch.autocast(device, torch.bfloat16, enabled=bf16, cache_enabled=False):
             return next(turns, None)
 
     def _apply(self, player: str) -> None:
@@ -122,33 +132,35 @@ class Trainer:
         optimizer.zero_grad()
         if player == "generator":
             student = unwrap(self.generator.denoiser.network)
-            averaged, current = list(self.average.parameters()), list(student.parameters())
-            torch._foreach_lerp_(averaged, [p.detach() for p in current], 1 - self.config.ema)
-
-    def _lr_factor(self) -> float:
-        c = self.config
-        warm = min(1.0, (self.step + 1) / max(1, c.warmup))
-        if c.lr_decay == "constant":
-            return warm
-        return warm * 0.5 * (1 + math.cos(math.pi * self.step / c.iterations))
+            averaged = [p.detach() for p in self.average.parameters()]
+            torch._foreach_lerp_(averaged, [p.detach() for p in student.parameters()], 1 - self.config.ema)
 
     # ---- state
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint in the folder, if there is one."""
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group.setdefault("initial_lr", group["lr"])
+        """Continue from the newest checkpoint in the folder, if there is one. Raises ValueError where it is damaged."""
         path = latest_checkpoint(self.folder / "checkpoints")
         if path is not None:
             self.step = load_checkpoint(path, self._saved, self.optimizers)
 
     def save(self) -> None:
-        """Write a checkpoint of all networks and optimisers."""
+        """Write a checkpoint of all networks and optimisers, once they are known to be finite."""
+        for name, network in self._saved.items():
+            if not all(bool(p.isfinite().all()) for p in network.parameters()):
+                raise self._diverged(f"{name} has weights that are not finite")
         if self.accelerator.is_main_process:
             folder = self.folder / "checkpoints"
             save_checkpoint(folder, self.step, self._saved, self.optimizers, self.config.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+
+    def _asked_to_stop(self, due: bool) -> bool:
+        """Whether a signal came; several processes agree on it where they wait for each other anyway, at a log line."""
+        if self.accelerator.num_processes == 1:
+            return self.stopped
+        if not due:
+            return False
+        flag = torch.tensor(float(self.stopped), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
@@ -158,7 +170,8 @@ class Trainer:
             if self.stopped:
                 raise KeyboardInterrupt
             self.stopped = True
-            tqdm.write("stopping after this step; once more to stop at once")
+            # not print: a handler may not re-enter a stream that is being written
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
         before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -173,69 +186,76 @@ class Trainer:
         values = {name: float(value) for name, value in self.objective.log.items()}
         for name, value in values.items():
             if not math.isfinite(value):
-                raise FloatingPointError(
-                    f"the {name} loss is {value} at step {self.step}; the last checkpoint is still good: "
-                    "resume with a smaller --lr in a new --output, or with --mixed-precision no"
-                )
+                raise self._diverged(f"the {name} loss is {value}")
         return values
 
+    def _diverged(self, what: str) -> FloatingPointError:
+        return FloatingPointError(
+            f"{what} at step {self.step}; the last checkpoint is still good: train again with a smaller --lr in a new "
+            "--output, or with --mixed-precision no"
+        )
+
     @contextmanager
-    def _logging(self) -> Iterator[Any]:
+    def _logging(self) -> Iterator[Callable[[dict[str, float]], None]]:
         """Progress bar, metrics.jsonl and TensorBoard; rows past a resumed step are dropped."""
         c, path = self.config, self.folder / "metrics.jsonl"
         if not self.accelerator.is_main_process:
             yield lambda scalars: None
             return
-        rows = path.read_text().splitlines() if path.exists() else []
-        kept = [row for row in rows if row and json.loads(row)["step"] <= self.step]
-        path.write_text("".join(row + "\n" for row in kept))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_rows(path, self.step)
         writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
-        bar = tqdm(total=c.iterations, initial=self.step, desc=c.method, unit="it", dynamic_ncols=True)
-        mark = [time.monotonic(), float(self.step)]
+        # shown from the first row on: an error of the first step is then a line by itself
+        bar = tqdm(total=c.iterations, initial=self.step, desc=c.method, unit="it", dynamic_ncols=True, delay=1e-3)
+        since, before = time.monotonic(), self.step
 
         def log(scalars: dict[str, float]) -> None:
+            nonlocal since, before
             now = time.monotonic()
-            rate = (self.step - mark[1]) * c.batch_size / (now - mark[0])
-            mark[:] = [now, float(self.step)]
-            row = {"step": self.step, **scalars, "lr": c.lr * self._lr_factor(), "images_per_second": rate}
+            rate = (self.step - before) * c.batch_size / (now - since)
+            since, before = now, self.step
+            lr = self.optimizers["generator"].param_groups[0]["lr"]
+            row = {"step": self.step, **scalars, "lr": lr, "images_per_second": rate}
             with path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
             for name, value in row.items():
                 writer.add_scalar(name, value, self.step)
+            bar.set_postfix({**{k: f"{v:.3g}" for k, v in scalars.items()}, "img/s": f"{rate:.0f}"}, refresh=False)
             bar.update(self.step - bar.n)
-            bar.set_postfix({**{k: f"{v:.3g}" for k, v in scalars.items()}, "img/s": f"{rate:.0f}"})
 
         try:
             yield log
         finally:
-            bar.update(self.step - bar.n)
             bar.close()
             writer.close()
 
     def averaged(self) -> Generator:
         """The student with its averaged weights."""
-        denoiser = copy.copy(self.generator.denoiser)
-        denoiser._modules = {"network": self.average}
+        live = self.generator.denoiser
+        denoiser = Denoiser(self.average, live.schedule, live.prediction, live.call)
         return Generator(denoiser, self.generator.times, self.generator.input_scale)
 
     @torch.no_grad()
-    def draw(self, path: Path, columns: int = 6) -> None:
+    def draw(self, path: Path) -> None:
         """A grid PNG: teacher with many steps | student, same noise and classes in both; one row a class."""
         if not self.accelerator.is_main_process:
             return
-        rng = Rng(self.config.seed, -1, columns * min(10, self.teacher.classes), device=self.teacher.device)
-        cond, uncond = self.teacher.encode(torch.arange(rng.total, device=self.teacher.device) // columns)
-        z = rng.normal(self.teacher.shape)
-        noises = [rng.normal(self.teacher.shape) for _ in self.generator.times[1:]]
-        if self._grid is None:
-            steps = self.config.grid_steps
-            x_0 = self.teacher.sample(z, cond, uncond, self.objective.guidance, steps)
-            self._teacher_images = self.teacher.to_images(x_0)
-            self._grid = (z, self._teacher_images, z)
-        student = self.teacher.to_images(self.averaged()(z, cond, noises))
-        steps, few = self.config.grid_steps, len(self.generator.times)
-        titles = (f"teacher, {steps} steps", f"student, {few} step{'s' * (few > 1)}")
-        save_grid(path, self._teacher_images, student, titles, columns)
+        z, noises, cond, by_teacher = self._panel
+        by_student = self.teacher.to_images(self.averaged()(z, cond, noises))
+        few = len(self.generator.times)
+        titles = (f"teacher, {self.config.grid_steps} steps", f"student, {few} step{'s' * (few > 1)}")
+        save_grid(path, by_teacher, by_student, titles, COLUMNS)
+
+    @cached_property
+    @torch.no_grad()
+    def _panel(self) -> tuple[Tensor, list[Tensor], Cond, Tensor]:
+        """Noise, the chain's later noises, conditions, and the teacher's pictures of them: the same in every grid."""
+        teacher = self.teacher
+        rng = Rng(self.config.seed, -1, COLUMNS * min(10, teacher.classes), device=teacher.device)
+        cond, uncond = teacher.encode(torch.arange(rng.total, device=teacher.device) // COLUMNS)
+        z, *noises = [rng.normal(teacher.shape) for _ in self.generator.times]
+        x_0 = teacher.sample(z, cond, uncond, self.objective.guidance, self.config.grid_steps)
+        return z, noises, cond, teacher.to_images(x_0)
 
 
 def bare(members: list[Any]) -> list[nn.Module]:
@@ -243,6 +263,31 @@ def bare(members: list[Any]) -> list[nn.Module]:
     return [unwrap(member.network) for member in members]
 
 
+def keep_rows(path: Path, step: int) -> None:
+    """Drop the rows of a JSON-lines file past `step`, and a last line that was cut off by a kill."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text("".join(kept))
+    scratch.replace(path)
+
+
+def rows_of(config: TrainConfig, processes: int) -> int:
+    """Rows of one micro-batch of one process. Raises ValueError where the batch cannot be split evenly."""
+    share = config.accumulation * processes
+    if config.batch_size % share:
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be split over accumulation {config.accumulation} x {processes} "
+            f"processes; type a multiple of {share}, for example --batch-size {-(-config.batch_size // share) * share}"
+        )
+    return config.batch_size // share
+
+
 def accelerator_of(config: TrainConfig) -> Accelerator:
-    """The process's Accelerator for a configuration."""
-    return Accelerator(cpu=config.device == "cpu", mixed_precision=config.mixed_precision)
+    """The process's Accelerator. It distributes and places; precision is the trainer's, see `Trainer._next`."""
+    return Accelerator(cpu=config.device == "cpu", mixed_precision="no")

@@ -15,8 +15,10 @@ from tiny import dit_pipeline, edm_pipeline, randomise
 from torch import Tensor
 
 from onestep import export as exporting
+from onestep import verify as verifying
+from onestep.card import Card, snippet, update_score
 from onestep.denoiser import Denoiser
-from onestep.export import Card, export, scheduler_for, snippet, update_score
+from onestep.export import export, scheduler_for
 from onestep.generator import Generator
 from onestep.prediction import PREDICTIONS
 from onestep.schedule import RectifiedFlow
@@ -221,8 +223,8 @@ def test_a_failure_leaves_the_earlier_export(tmp_path: Path, monkeypatch: pytest
     before = contents(tmp_path / "out")
     randomise(generator.denoiser.network, seed=3)
     with monkeypatch.context() as patch:
-        honest = exporting._stock_pictures
-        patch.setattr(exporting, "_stock_pictures", lambda *args: honest(*args) + 2e-5)
+        honest = verifying.stock_pictures
+        patch.setattr(verifying, "stock_pictures", lambda *args: honest(*args) + 2e-5)
         with pytest.raises(RuntimeError, match="deviates"):
             export(generator, teacher, tmp_path / "out", torch.float32, CARD)
     broken = generator.denoiser.network.transformer_blocks[0].ff.net[2].weight
@@ -251,7 +253,7 @@ def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
 def test_an_export_cut_off_between_its_renames_is_recovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator, teacher = CASES["edm 80"]()
     export(generator, teacher, tmp_path / ".out.old", torch.float32, CARD)
-    monkeypatch.setattr(exporting, "_verify", lambda *args: 1 / 0)
+    monkeypatch.setattr(exporting, "verify", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export(generator, teacher, tmp_path / "out", torch.float32, CARD)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -270,7 +272,7 @@ def test_half_precision(case: str, dtype: torch.dtype, tmp_path: Path, stock: St
 
 def test_the_half_precision_run_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     generator, teacher = CASES["edm 2.5"]()
-    monkeypatch.setattr(exporting, "HALF_TOLERANCE", 1e-6)
+    monkeypatch.setattr(verifying, "HALF_TOLERANCE", 1e-6)
     with pytest.raises(ValueError, match="--export-dtype fp32"):
         export(generator, teacher, tmp_path / "out", torch.bfloat16, CARD)
     assert not list(tmp_path.iterdir())

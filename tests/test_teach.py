@@ -40,7 +40,7 @@ def test_fit_goes_on_where_it_stopped(tmp_path):
     def loss(network, rng):
         return network(rng.normal((3,))).square().mean()
 
-    options = dict(batch_size=4, lr=1e-2, save_every=3)
+    options = {"batch_size": 4, "lr": 1e-2, "save_every": 3}
     whole = fit(make(), loss, tmp_path / "a", steps=6, **options)
 
     def stops(network, rng):
@@ -58,12 +58,13 @@ def test_fit_goes_on_where_it_stopped(tmp_path):
 
 def test_fashion_mnist_is_read_from_its_own_files(tmp_path):
     pictures = np.arange(2 * 28 * 28, dtype=np.uint8).reshape(2, 28, 28)
-    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(struct.pack(">4i", 2051, 2, 28, 28) + pictures.tobytes()))
+    header = struct.pack(">4i", 2051, 2, 28, 28)
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(header + pictures.tobytes()))
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(struct.pack(">2i", 2049, 2) + bytes([3, 9])))
     images, labels = fashion_mnist.load(str(tmp_path), "test")
     assert labels.tolist() == [3, 9]
     assert np.array_equal(images[:, 0, 2:30, 2:30].numpy(), pictures) and images[:, :, :2].sum() == 0
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz"):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz"):
         fashion_mnist.load(str(tmp_path), "train")
 
 

@@ -19,7 +19,8 @@ from ..prediction import prediction_of
 from ..rng import Rng
 from ..schedule import Schedule
 from .fashion_mnist import CLASSES, load
-from .sheet import save_sheet
+from .fit import fit
+from .sheet import forget_paths, save_sheet
 
 NULL = 1000  # DiTPipeline's null class, whatever the number of classes
 
@@ -58,6 +59,7 @@ def teach(config: FashionConfig, data: str | None, work: Path, output: Path) -> 
     pipeline = DiTPipeline(transformer.half(), vae.half(), scheduler, id2label=names)
     pipeline.register_to_config(id2label=names)  # save_pretrained forgets it otherwise
     pipeline.save_pretrained(output / "fashion")
+    forget_paths(output / "fashion")
     save_sheet(output / "fashion_data", images[: config.real_images], labels[: config.real_images], tile=28)
 
 
@@ -77,14 +79,12 @@ def train_classifier(config: FashionConfig, images: Tensor, labels: Tensor, work
 
         trained = fit_of(network.train(), loss, work / "classifier", config.classifier_steps, 128, 2e-3, 0.05)
         output.mkdir(parents=True, exist_ok=True)
-        save_file(trained.state_dict(), path)
+        save_file({k: v.half() if v.is_floating_point() else v for k, v in trained.state_dict().items()}, path)
     network.load_state_dict(load_file(path))
     return network.eval()
 
 
-def fit_of(network: nn.Module, loss: Any, folder: Path, steps: int, batch: int, lr: float, decay: float = 0.0) -> nn.Module:
-    from .fit import fit
-
+def fit_of(network: nn.Module, loss: Any, folder: Path, steps: int, batch: int, lr: float, decay: float = 0.0) -> Any:
     return fit(network, loss, folder, steps=steps, batch_size=batch, lr=lr, weight_decay=decay, ema=0.998)
 
 
@@ -109,7 +109,7 @@ def train_vae(config: FashionConfig, images: Tensor, work: Path) -> AutoencoderK
     folder = work / "vae-trained"
     if not (folder / "config.json").exists():
         torch.manual_seed(0)
-        vae = AutoencoderKL(
+        vae: Any = AutoencoderKL(
             in_channels=1,
             out_channels=1,
             down_block_types=("DownEncoderBlock2D",) * 3,
@@ -141,8 +141,6 @@ def latents_of(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 def train_dit(config: FashionConfig, vae: AutoencoderKL, images: Tensor, labels: Tensor, work: Path) -> Any:
     """Epsilon prediction on the linear beta schedule, uniform t, labels dropped for classifier-free guidance."""
-    from .fit import fit
-
     latents = latents_of(vae, images)
     vae.register_to_config(scaling_factor=1 / float(latents.std()))
     latents = latents * vae.config.scaling_factor

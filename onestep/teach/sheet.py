@@ -1,4 +1,4 @@
-"""A small data set as one lossless picture and a JSON file of labels: what `onestep.data` reads back."""
+"""Files of an embedded teacher: its data set as one lossless picture with a JSON of labels, and clean configs."""
 
 import json
 import math
@@ -21,3 +21,11 @@ def save_sheet(folder: Path, images: Tensor, labels: Tensor, tile: int) -> None:
     Image.fromarray(sheet.numpy()).convert("RGB").save(folder / "images.webp", lossless=True, quality=100, method=6)
     about = {"size": size, "tile": tile, "labels": "".join(str(int(label)) for label in labels)}
     (folder / "labels.json").write_text(json.dumps(about))
+
+
+def forget_paths(folder: Path) -> None:
+    """Remove the paths of this machine that diffusers writes into the configs of what it once loaded."""
+    for path in folder.rglob("*.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n")

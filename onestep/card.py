@@ -1,0 +1,122 @@
+"""The model card of an exported folder, and the lines of Python that use it."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from .generator import Generator
+from .teacher import Teacher
+
+SCORE = ("<!-- score -->\n", "<!-- /score -->\n")
+LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "openrail++", "unknown"}
+"""Values that the front matter of a model card may name; anything else is "other"."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card says beside what the export itself knows."""
+
+    method: str
+    teacher: str
+    guidance: float
+    """The teacher's, in out = uncond + guidance * (cond - uncond)."""
+    licence: str
+    """The teacher's."""
+    config: Mapping[str, Any]
+    """Every resolved training option."""
+    score: Mapping[str, Any] | None = None
+    """A row of `onestep.metrics.evaluate`."""
+    command: str = ""
+    """What was typed to train it."""
+
+
+def snippet(teacher: Teacher, folder: str | Path, steps: int = 1, dtype: torch.dtype = torch.float32) -> str:
+    """Five lines of Python that load an export of a student of `teacher`, make pictures and save one of them."""
+    pipeline = type(teacher.pipeline).__name__
+    given = [f"{key}={value}" for key, value in teacher.arguments(list(range(min(4, teacher.classes)))).items()]
+    given += [f"num_inference_steps={steps}", "generator=torch.Generator().manual_seed(0)"]
+    kind = "" if dtype == torch.float32 else f", torch_dtype={dtype}"
+    return "\n".join(
+        (
+            "import torch",
+            f"from diffusers import {pipeline}",
+            f"pipe = {pipeline}.from_pretrained({json.dumps(str(folder))}{kind})",
+            f"images = pipe({', '.join(given)}).images",
+            'images[0].save("picture.png")',
+        )
+    )
+
+
+def card_text(card: Card, generator: Generator, teacher: Teacher, name: str, dtype: torch.dtype) -> str:
+    """README.md of the folder."""
+    identifier = card.licence.split(";")[0].strip().lower()
+    known = identifier in LICENCES
+    licence = {"license": identifier} if known else {"license": "other", "license_name": card.licence}
+    front = {**licence, "library_name": "diffusers", "tags": ["diffusion", "distillation", "one-step", card.method]}
+    steps = len(generator.times)
+    config = yaml.safe_dump(dict(card.config), sort_keys=False)
+    trained = f"\nTrained with\n\n```bash\n{card.command}\n```\n" if card.command else ""
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# {name}
+
+{card.teacher}, distilled with {card.method} into a generator of {steps} network call{"s" * (steps > 1)} an image.
+
+```python
+{snippet(teacher, name, steps, dtype)}
+```
+
+| | |
+|---|---|
+| Teacher | {card.teacher}, guidance {card.guidance:g} (`uncond + guidance * (cond - uncond)`) |
+| Licence of the teacher | {card.licence} |
+| Method | {card.method} |
+| Steps | {steps}, at {", ".join(f"{t:g}" for t in generator.times)}; other numbers of steps were not trained |
+| Guidance | built in; do not add any |
+| Weights | {str(dtype).removeprefix("torch.")} |
+
+## Score
+
+{_score_text(card.score)}{trained}
+<details><summary>Every training option</summary>
+
+```yaml
+{config}```
+
+</details>
+"""
+
+
+def _score_text(row: Mapping[str, Any] | None) -> str:
+    """The card's score between its marks: one line an entry of the row, nested entries as JSON."""
+    if row is None:
+        return "not scored\n".join(SCORE)
+    # the path that the export had while it was scored says nothing to its users
+    shown = {key: value for key, value in row.items() if key != "export"}
+    lines = [f"| {key} | {value if isinstance(value, str) else json.dumps(value)} |\n" for key, value in shown.items()]
+    return ("| | |\n|---|---|\n" + "".join(lines)).join(SCORE)
+
+
+def update_score(folder: Path, row: Mapping[str, Any]) -> None:
+    """Put a row of `onestep.metrics.evaluate` into the card of an exported folder; the file is replaced in one move.
+
+    Raises ValueError where the folder has no such card.
+    """
+    path, (opening, closing) = folder / "README.md", SCORE
+    try:
+        before, _, rest = path.read_text(encoding="utf-8").partition(opening)
+        _, mark, after = rest.partition(closing)
+        if not mark:
+            raise ValueError(f"{path} has no score to replace; export the folder again")
+        partial = path.with_name(".README.md.partial")
+        partial.write_text(before + _score_text(row) + after, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be rewritten: {error.strerror}; name a complete, writable export") from error
