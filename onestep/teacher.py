@@ -147,9 +147,9 @@ class Teacher(ABC):
     def encode(self, conditions: Tensor) -> tuple[Cond, Cond | None]:
         """(cond, uncond) for a batch of conditions: class labels, shape (B,)."""
 
-    @abstractmethod
     def arguments(self, labels: list[int]) -> dict[str, Any]:
         """What the stock pipeline is called with for plain conditional pictures of these classes."""
+        return {"class_labels": labels}
 
     def complete(self, pipeline: Any) -> None:
         """Note in a new pipeline of this family what its class would lose when it is saved; by default nothing."""

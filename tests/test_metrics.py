@@ -155,11 +155,11 @@ def test_saved_moments_come_back_and_go_on(tmp_path):
 @pytest.mark.parametrize(
     "tensors",
     [
-        {"mean": torch.zeros(3), "cov": torch.eye(3)},
-        {"n": torch.tensor([9]), "mean": torch.zeros(3), "cov": torch.eye(4)},
-        {"n": torch.tensor([9]), "mean": torch.zeros(3), "cov": torch.full((3, 3), math.nan)},
-        {"n": torch.tensor([9]), "mean": torch.zeros(2), "cov": torch.tensor([[1.0, 0.5], [0.0, 1.0]])},
-        {"n": torch.tensor([1]), "mean": torch.zeros(2), "cov": torch.eye(2)},
+        {"mean": torch.zeros(3), "cov": torch.ones(6)},
+        {"n": torch.tensor([9]), "mean": torch.zeros(3), "cov": torch.ones(10)},
+        {"n": torch.tensor([9]), "mean": torch.zeros(3), "cov": torch.full((6,), math.nan)},
+        {"n": torch.tensor([9]), "mean": torch.zeros(2), "cov": torch.tensor([1.0, 0.5, -1.0])},
+        {"n": torch.tensor([1]), "mean": torch.zeros(2), "cov": torch.tensor([1.0, 0.0, 1.0])},
     ],
 )
 def test_wrong_statistics_are_refused(tensors, tmp_path):

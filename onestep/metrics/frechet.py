@@ -58,8 +58,12 @@ class Moments:
         return self._scatter / (self.count - 1)
 
     def save(self, path: str | Path) -> None:
-        """Write n, mean and cov (unbiased) as safetensors; an older file stays whole until this one is complete."""
-        tensors = {"n": torch.tensor([self.count]), "mean": self.mean, "cov": self.covariance.contiguous()}
+        """Write n, mean and cov (unbiased, its lower triangle by rows, D (D + 1) / 2 numbers) as safetensors.
+
+        An older file stays whole until this one is complete.
+        """
+        row, column = torch.tril_indices(self.dimensions, self.dimensions)
+        tensors = {"n": torch.tensor([self.count]), "mean": self.mean, "cov": self.covariance[row, column]}
         unfinished = Path(path).with_name(Path(path).name + ".part")
         save_file(tensors, unfinished)
         os.replace(unfinished, path)
@@ -74,7 +78,13 @@ class Moments:
         if set(tensors) != {"n", "mean", "cov"} or tensors["n"].numel() != 1 or tensors["mean"].ndim != 1:
             shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
             raise ValueError(f"{path} is not a statistics file: it holds {shapes}; {_EXPECTED}")
-        return cls.of(int(tensors["n"]), tensors["mean"], tensors["cov"], str(path))
+        mean, triangle = tensors["mean"], tensors["cov"]
+        if triangle.shape != (len(mean) * (len(mean) + 1) // 2,):
+            raise ValueError(f"{path} holds mean {tuple(mean.shape)} and cov {tuple(triangle.shape)}; {_EXPECTED}")
+        row, column = torch.tril_indices(len(mean), len(mean))
+        covariance = triangle.new_zeros(len(mean), len(mean))
+        covariance[row, column] = covariance[column, row] = triangle
+        return cls.of(int(tensors["n"]), mean, covariance, str(path))
 
     @classmethod
     def of(cls, count: int, mean: Tensor, covariance: Tensor, name: str) -> "Moments":

@@ -54,7 +54,7 @@ def teach(config: FashionConfig, data: str | None, work: Path, output: Path) -> 
     reference(classifier, images).save(scores / "reference.safetensors")
     vae = train_vae(config, images, work)
     transformer = train_dit(config, vae, images, labels, work)
-    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")  # few steps start from pure noise too
     names = dict(enumerate(CLASSES))
     pipeline = DiTPipeline(transformer.half(), vae.half(), scheduler, id2label=names)
     pipeline.register_to_config(id2label=names)  # save_pretrained forgets it otherwise
