@@ -287,7 +287,7 @@ def test_evaluate_refuses_before_sampling(export, assets, tmp_path):
         evaluate(export, "fashion-10k", steps=1, guidance=1.0, count=10_001)
     with pytest.raises(ValueError, match="not the classifier of fashion-10k"):
         evaluate(export, "fashion-10k", steps=1, guidance=1.0, **{**assets, "classifier": assets["reference"]})
-    save_file({"n": torch.tensor([9]), "mean": torch.zeros(3), "cov": torch.eye(3)}, tmp_path / "m.safetensors")
+    gaussian(torch.zeros(3), torch.eye(3)).save(tmp_path / "m.safetensors")
     with pytest.raises(ValueError, match="3 dimensions"):
         evaluate(export, "fashion-10k", steps=1, guidance=1.0, **{**assets, "reference": tmp_path / "m.safetensors"})
 
