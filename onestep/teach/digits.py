@@ -24,7 +24,9 @@ class DigitsConfig:
     steps: int = option(2000, "training steps", minimum=1)
     batch_size: int = option(128, "images a step", minimum=1)
     lr: float = option(2e-3, "learning rate", above=0)
-    ema: float = option(0.999, "decay of the weights' moving average; keep 1 / (1 - ema) well below steps", minimum=0, below=1)
+    ema: float = option(
+        0.999, "decay of the weights' moving average; keep 1 / (1 - ema) well below steps", minimum=0, below=1
+    )
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
