@@ -18,7 +18,7 @@ def test_digits_is_trained_in_a_test(tmp_path):
     """300 steps bring the samples' mean picture of each class near the real one: nothing learned would be far off."""
     from diffusers import DiffusionPipeline
 
-    digits.teach(digits.DigitsConfig(steps=300, batch_size=64, ema=0.98), None, tmp_path / "work", tmp_path / "out")
+    digits.teach(digits.DigitsConfig(steps=300, batch_size=64), None, tmp_path / "work", tmp_path / "out")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out" / "digits")
     teacher = EDMTeacher(pipeline, Facts(source=""))
     images, labels = digits.load_digits()

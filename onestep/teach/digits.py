@@ -24,9 +24,6 @@ class DigitsConfig:
     steps: int = option(2000, "training steps", minimum=1)
     batch_size: int = option(128, "images a step", minimum=1)
     lr: float = option(2e-3, "learning rate", above=0)
-    ema: float = option(
-        0.999, "decay of the weights' moving average; keep 1 / (1 - ema) well below steps", minimum=0, below=1
-    )
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -70,9 +67,7 @@ def teach(config: DigitsConfig, data: str | None, work: Path, output: Path) -> N
         sigma = (rng.normal(()) * 1.2 - 1.2).exp()
         return denoiser.loss(x_0[index], {"class_labels": labels[index]}, rng, t=sigma)
 
-    trained: Any = fit(
-        unet, loss, work / "unet", steps=config.steps, batch_size=config.batch_size, lr=config.lr, ema=config.ema
-    )
+    trained: Any = fit(unet, loss, work / "unet", steps=config.steps, batch_size=config.batch_size, lr=config.lr)
     ConsistencyModelPipeline(trained.half(), scheduler).save_pretrained(output / "digits")
     forget_paths(output / "digits")
     save_sheet(output / "digits_data", images, labels, tile=8)

@@ -29,8 +29,8 @@ NULL = 1000  # DiTPipeline's null class, whatever the number of classes
 class FashionConfig:
     """Options of `python -m onestep.teach fashion`."""
 
-    classifier_steps: int = option(4000, "steps of 128 images for the classifier", minimum=1)
-    vae_steps: int = option(4500, "steps of 64 images for the autoencoder", minimum=1)
+    classifier_steps: int = option(3000, "steps of 128 images for the classifier", minimum=1)
+    vae_steps: int = option(4000, "steps of 64 images for the autoencoder", minimum=1)
     dit_steps: int = option(7000, "steps of `dit_batch` latents for the diffusion transformer", minimum=1)
     dit_batch: int = option(128, "batch size of the diffusion transformer", minimum=1)
     dit_lr: float = option(1e-3, "learning rate of the diffusion transformer", above=0)
@@ -77,15 +77,12 @@ def train_classifier(config: FashionConfig, images: Tensor, labels: Tensor, work
             x = x.roll((rng.shared_integer(5) - 2, rng.shared_integer(5) - 2), (2, 3))
             return F.cross_entropy(net(x), labels[index], label_smoothing=0.05)
 
-        trained = fit_of(network.train(), loss, work / "classifier", config.classifier_steps, 128, 2e-3, 0.05)
+        steps, folder = config.classifier_steps, work / "classifier"
+        trained = fit(network.train(), loss, folder, steps=steps, batch_size=128, lr=2e-3, weight_decay=0.05)
         output.mkdir(parents=True, exist_ok=True)
         save_file({k: v.half() if v.is_floating_point() else v for k, v in trained.state_dict().items()}, path)
     network.load_state_dict(load_file(path))
     return network.eval()
-
-
-def fit_of(network: nn.Module, loss: Any, folder: Path, steps: int, batch: int, lr: float, decay: float = 0.0) -> Any:
-    return fit(network, loss, folder, steps=steps, batch_size=batch, lr=lr, weight_decay=decay, ema=0.998)
 
 
 @torch.no_grad()
@@ -128,7 +125,8 @@ def train_vae(config: FashionConfig, images: Tensor, work: Path) -> AutoencoderK
             error = net.decode(posterior.mean + posterior.std * rng.normal(posterior.mean.shape[1:])).sample - x
             return error.abs().mean() + 0.5 * error.square().mean() + 1.6e-6 * posterior.kl().mean()
 
-        fit_of(vae, loss, work / "vae", config.vae_steps, 64, 2e-3).save_pretrained(folder)
+        trained: Any = fit(vae, loss, work / "vae", steps=config.vae_steps, batch_size=64, lr=2e-3)
+        trained.save_pretrained(folder)
     return AutoencoderKL.from_pretrained(folder).eval()
 
 
@@ -170,7 +168,6 @@ def train_dit(config: FashionConfig, vae: AutoencoderKL, images: Tensor, labels:
         steps=config.dit_steps,
         batch_size=config.dit_batch,
         lr=config.dit_lr,
-        ema=0.9995,
         weight_decay=0.01,
     )
     return trained

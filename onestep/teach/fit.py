@@ -12,6 +12,8 @@ from tqdm import tqdm
 from ..checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..rng import Rng
 
+GAMMA = 6.94  # a relative width of 0.10
+
 
 def fit(
     network: nn.Module,
@@ -22,15 +24,18 @@ def fit(
     batch_size: int,
     lr: float,
     weight_decay: float = 0.0,
-    ema: float = 0.999,
     warmup: int = 200,
     seed: int = 0,
     save_every: int = 500,
 ) -> nn.Module:
-    """Minimise `loss(network, rng)` with AdamW; returns the exponential moving average of the weights, in eval mode.
+    """Minimise `loss(network, rng)` with AdamW; returns the moving average of the weights, in eval mode.
 
     The learning rate warms up linearly and then follows a half cosine to zero; gradients are clipped to norm 1. Step k
     draws its batch from (seed, k) alone, and a run that was interrupted goes on from its last checkpoint in `folder`.
+
+    The average is the power-function one, decay (1 - 1/k)^(GAMMA + 1) after step k (Karras et al. 2024, "Analyzing and
+    Improving the Training Dynamics of Diffusion Models", eq. 2 and appendix C): its width is a fixed fraction of the
+    training however long that is, and nothing of the initial weights is left in it.
     """
     average = copy.deepcopy(network).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
@@ -47,7 +52,8 @@ def fit(
         value.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
-        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in network.parameters()], 1 - ema)
+        weight = 1 - (1 - 1 / (step + 1)) ** (GAMMA + 1)
+        torch._foreach_lerp_(list(average.parameters()), [p.detach() for p in network.parameters()], weight)
         for kept, current in zip(average.buffers(), network.buffers()):
             kept.copy_(current)
         if step % 50 == 0:
