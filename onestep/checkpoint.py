@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from .files import fsync, sha256_of
 
 
 def save_checkpoint(
@@ -30,15 +31,15 @@ def save_checkpoint(
     for name, optimizer in optimizers.items():
         tensors, groups[name] = _flatten(optimizer.state_dict())
         save_file(tensors, scratch / f"optimizer-{name}.safetensors")
-    hashes = {path.name: _sha256(path) for path in sorted(scratch.iterdir())}
+    hashes = {path.name: sha256_of(path) for path in sorted(scratch.iterdir())}
     state = {"step": step, "groups": groups, "sha256": hashes}
     (scratch / "state.json").write_text(json.dumps(state | {"check": _check(state)}, indent=1))
     for path in scratch.iterdir():
-        _fsync(path)
-    _fsync(scratch)
+        fsync(path)
+    fsync(scratch)
     shutil.rmtree(final, ignore_errors=True)
     scratch.rename(final)
-    _fsync(folder)
+    fsync(folder)
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old.rename(_scratch(old)))  # renamed first: what bears the name of a checkpoint is whole
     return final
@@ -98,7 +99,7 @@ def _check(state: dict[str, Any]) -> str:
 
 
 def _verify(path: Path, state: dict[str, Any], name: str) -> None:
-    if _sha256(path / name) != state["sha256"][name]:
+    if sha256_of(path / name) != state["sha256"][name]:
         raise ValueError(f"{name} has changed since it was written")
 
 
@@ -118,19 +119,3 @@ def _unflatten(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict
         index, slot = key.split(".", 1)
         state.setdefault(int(index), {})[slot] = value
     return {"state": state, "param_groups": groups}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

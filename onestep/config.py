@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from reprlib import repr as short
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -18,6 +18,7 @@ from .options import load_recipe, nearest, option, options_of, shown
 __all__ = [
     "CONFIG_NAME",
     "PROG",
+    "MethodConfig",
     "TrainConfig",
     "differences",
     "flat",
@@ -31,6 +32,13 @@ __all__ = [
 
 CONFIG_NAME = "config.yaml"
 PROG = "python -m onestep.train"
+
+
+class MethodConfig:
+    """Base of the dataclass of a method's own options."""
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    """Options of TrainConfig that the method wants otherwise."""
 
 
 @dataclass
@@ -83,13 +91,13 @@ class TrainConfig:
 
 
 def resolve(
-    method_options: type,
+    method_options: type[MethodConfig],
     facts_train: Mapping[str, Any],
     recipe: Mapping[str, Any],
     flags: Mapping[str, Any],
     source: str = "the recipe",
 ) -> tuple[TrainConfig, Any]:
-    """(TrainConfig, method_options) from defaults < DEFAULTS of method_options < facts_train < recipe < flags.
+    """(TrainConfig, method_options) from defaults < method_options.DEFAULTS < facts_train < recipe < flags.
 
     Facts of other methods are passed over. Raises ValueError for an unknown key of the recipe (called `source`) or the
     flags, and for a value of the wrong type, outside its limits or not among its choices.
@@ -97,7 +105,7 @@ def resolve(
     options = options_of(TrainConfig, method_options)
     known_facts = {key: value for key, value in facts_train.items() if key in options}
     layers = (
-        (getattr(method_options, "DEFAULTS", {}), "{} in the method's defaults"),
+        (method_options.DEFAULTS, "{} in the method's defaults"),
         (known_facts, "{} in the teacher's facts"),
         (recipe, "{} in " + source.replace("{", "{{").replace("}", "}}")),
         (flags, "{}"),

@@ -9,7 +9,6 @@ parts and a model card. It is reloaded and its pictures are compared with the ge
 import copy
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from .card import Card, card_text
 from .cli import Parser
 from .denoiser import unwrap
+from .files import fsync
 from .generator import Generator
 from .prediction import EDMPreconditioned
 from .schedule import EDM, VP, RectifiedFlow
@@ -188,8 +188,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
         scratch.mkdir(parents=True)
         yield scratch
         for path in (each for each in scratch.rglob("*") if each.is_file()):
-            with path.open("r+b") as file:
-                os.fsync(file.fileno())
+            fsync(path)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)

@@ -18,6 +18,7 @@ from .teacher import Teacher, facts_of, load_teacher
 from .trainer import Trainer, accelerator_of, rows_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+RESULTS_NAME = "results.jsonl"
 
 
 def guidance_of(config: TrainConfig, teacher: Teacher) -> float:
@@ -88,7 +89,18 @@ def export_run(run: Path, folder: Path | None = None, dtype: str | None = None) 
     generator.denoiser.network.load_state_dict(read_weights(checkpoint, "average"), strict=True)
     target, kind = folder or run / "export", DTYPES[dtype or config.export_dtype]
     export(generator, teacher, target, kind, card_of(config, options, teacher))
+    _repeat_score(run, target / teacher.network_name)
     return snippet(teacher, target, len(generator.times), kind)
+
+
+def _repeat_score(run: Path, network: Path) -> None:
+    """Put the run's own score into the card of an export with the very weights that were scored."""
+    from .metrics.provenance import sha256_of_weights
+
+    if (run / RESULTS_NAME).is_file():
+        row = json.loads((run / RESULTS_NAME).read_text())
+        if row["weights_sha256"] == sha256_of_weights(network):
+            update_score(network.parent, row)
 
 
 def finish(trainer: Trainer, options: Any) -> None:
@@ -111,7 +123,6 @@ def _score(target: Path, trainer: Trainer, steps: int) -> str:
     assert teacher.facts.protocol is not None
     row = evaluate(target, teacher.facts.protocol, steps=steps, guidance=1.0, device=trainer.accelerator.device)
     update_score(target, row)
-    with (trainer.folder / "results.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    (trainer.folder / RESULTS_NAME).write_text(json.dumps(row) + "\n")
     metric = row["protocol"]["metric"]
     return f"score:   {metric} {row[metric]:.2f}, class accuracy {row['class_accuracy']:.1%} ({row['protocol']['name']})"

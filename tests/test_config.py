@@ -10,6 +10,7 @@ import pytest
 
 from onestep.cli import first_pass, flags_of, parser
 from onestep.config import (
+    MethodConfig,
     TrainConfig,
     differences,
     flat,
@@ -23,7 +24,7 @@ from onestep.config import (
 
 
 @dataclass
-class Method:
+class Method(MethodConfig):
     DEFAULTS: ClassVar[dict[str, Any]] = {"lr": 5e-5, "warmup": 7}
 
     ratio: int = option(5, "critic updates", minimum=1)

@@ -18,6 +18,7 @@ import onestep.export
 import onestep.metrics
 import onestep.teacher
 from onestep.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from onestep.metrics.provenance import sha256_of_weights
 from onestep.teacher import Facts
 from onestep.train import main
 from onestep.trainer import keep_rows
@@ -170,6 +171,8 @@ def test_a_complete_run_is_exported_again(small: list[str], tmp_path: Path, caps
     before = contents(tmp_path / "run/export")
     (tmp_path / "run/export/README.md").write_text("lost")
     capsys.readouterr()
+    weights = sha256_of_weights(tmp_path / "run/export/unet")
+    (tmp_path / "run/results.jsonl").write_text(json.dumps({"fd": 1.5, "weights_sha256": weights}) + "\n")
     assert main([*argv, "--log-every", "7"]) == 0
     assert "Use it" in capsys.readouterr().out and contents(tmp_path / "run/export") == {
         **before,
@@ -181,6 +184,9 @@ def test_a_complete_run_is_exported_again(small: list[str], tmp_path: Path, caps
     full = load_file(tmp_path / "run/export/unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(half[key], full[key].bfloat16()) for key in full)
     assert "torch_dtype=torch.bfloat16" in capsys.readouterr().out
+    assert "not scored" in (tmp_path / "half/README.md").read_text()  # its weights are rounded: other ones
+    assert onestep.export.main([str(tmp_path / "run"), "--output", str(tmp_path / "same")]) == 0
+    assert "| fd | 1.5 |" in (tmp_path / "same/README.md").read_text()
 
 
 def test_no_average_is_the_student_itself(small: list[str], tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import sha256_of
 from .frechet import Moments, frechet_distance
 from .images import pixels_of
-from .provenance import sha256_of
 
 MODES = ("clean", "legacy_tensorflow")
 """clean-fid's modes with this network; its legacy_pytorch uses other weights."""

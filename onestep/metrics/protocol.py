@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from ..files import sha256_of
 from .frechet import Moments, frechet_distance
-from .provenance import generation, provenance, sha256_of
+from .provenance import generation, provenance
 from .render import family_of, load_pipeline, render
 from .score import load_classifier, score
 

@@ -9,19 +9,8 @@ from typing import Any
 
 import torch
 
+from ..files import sha256_of
 from .render import family_of
-
-
-def sha256_of(path: str | Path) -> str:
-    """Hex digest of a file. Raises ValueError where it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror}); name a file that exists") from error
-    return digest.hexdigest()
 
 
 def sha256_of_weights(folder: str | Path) -> str:

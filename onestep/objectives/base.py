@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..config import MethodConfig
 from ..generator import Generator
 from ..rng import Rng
 from ..teacher import Teacher
@@ -28,7 +29,7 @@ class Objective(ABC):
     `log` holds detached scalars of the last step for the progress bar; nothing is computed for it alone.
     """
 
-    Config: ClassVar[type]
+    Config: ClassVar[type[MethodConfig]]
     """Dataclass of the method's own options."""
 
     def __init__(self, config: Any, teacher: Teacher, generator: Generator, guidance: float, folder: Path):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import option
+from ..config import MethodConfig, option
 from ..data import PairCache
 from ..denoiser import Cond, frozen, stack
 from ..discriminator import Discriminator
@@ -17,7 +17,7 @@ from .base import Batch, Objective
 
 
 @dataclass
-class DMD2Config:
+class DMD2Config(MethodConfig):
     """Options of DMD2. GAN weights are relative to losses that are means over batch and elements."""
 
     ratio: int = option(5, "critic updates for each generator update (the two time-scale rule)", minimum=1)
