@@ -38,6 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", help="a copy of inception-2015-12-05.pt")
     parser.add_argument("--mode", default="clean", help="clean-fid's mode: clean or legacy_tensorflow")
     parser.add_argument("--classes", type=int, help="with --reference: labels 0 .. CLASSES-1 are generated in turn")
+    parser.add_argument("--trust-remote-code", action="store_true", help="with --reference: run the code in the export")
     return parser.parse_args(argv)
 
 
@@ -77,7 +78,7 @@ def inception_row(args: argparse.Namespace, device: str) -> dict[str, Any]:
         if not Path(args.export).is_dir():
             raise ValueError(f"no folder {args.export}; name an exported folder or a folder of images")
         return {"export": args.export, **fid(args.export, args.reference, **settings), **provenance(device)}
-    pipe = load_pipeline(args.export, device)
+    pipe = load_pipeline(args.export, device, trust_remote_code=args.trust_remote_code)
     classes = args.classes or family_of(pipe).classes(pipe)
     if classes is None:
         raise ValueError(f"{args.export} does not say how many classes it knows; type --classes with their number")
@@ -97,6 +98,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if args.protocol is not None:
             raise ValueError("--protocol and --reference exclude each other: leave one out")
         return inception_row(args, device)
+    if args.trust_remote_code:
+        raise ValueError("--trust-remote-code needs --reference: the embedded protocol scores stock exports alone")
     return evaluate(
         args.export,
         protocol_of(args.protocol or "fashion-10k"),

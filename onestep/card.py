@@ -13,6 +13,8 @@ import yaml
 from .generator import Generator
 from .teacher import Teacher
 
+LORA_NAME = "pytorch_lora_weights.safetensors"
+SCHEDULER = "scheduler/scheduler_config.json"
 SCORE = ("<!-- score -->\n", "<!-- /score -->\n")
 LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "openrail++", "unknown"}
 """Values that the front matter of a model card may name; anything else is "other"."""
@@ -39,18 +41,37 @@ class Card:
 def snippet(teacher: Teacher, folder: str | Path, steps: int = 1, dtype: torch.dtype = torch.float32) -> str:
     """Five lines of Python that load an export of a student of `teacher`, make pictures and save one of them."""
     pipeline = type(teacher.pipeline).__name__
-    given = [f"{key}={value}" for key, value in teacher.arguments(list(range(min(4, teacher.classes)))).items()]
-    given += [f"num_inference_steps={steps}", "generator=torch.Generator().manual_seed(0)"]
     kind = "" if dtype == torch.float32 else f", torch_dtype={dtype}"
+    trust = ", trust_remote_code=True" if teacher.remote_code else ""  # its network is a file in the folder
     return "\n".join(
         (
             "import torch",
             f"from diffusers import {pipeline}",
-            f"pipe = {pipeline}.from_pretrained({json.dumps(str(folder))}{kind})",
-            f"images = pipe({', '.join(given)}).images",
-            'images[0].save("picture.png")',
+            f"pipe = {pipeline}.from_pretrained({json.dumps(str(folder))}{kind}{trust})",
+            *_pictures(teacher, steps),
         )
     )
+
+
+def lora_snippet(teacher: Teacher, folder: str | Path, generator: Generator) -> str:
+    """The same for an adapter and its scheduler beside the teacher's own folder."""
+    pipeline, scheduler = type(teacher.pipeline).__name__, json.loads((Path(folder) / SCHEDULER).read_text())["_class_name"]
+    return "\n".join(
+        (
+            "import torch",
+            f"from diffusers import {pipeline}, {scheduler}",
+            f"pipe = {pipeline}.from_pretrained({json.dumps(teacher.facts.source)})",
+            f"pipe.load_lora_weights({json.dumps(str(folder))}, weight_name={json.dumps(LORA_NAME)})",
+            f'pipe.scheduler = {scheduler}.from_pretrained({json.dumps(str(folder))}, subfolder="scheduler")',
+            *_pictures(teacher, len(generator.times)),
+        )
+    )
+
+
+def _pictures(teacher: Teacher, steps: int) -> tuple[str, str]:
+    given = [f"{key}={value!r}" for key, value in teacher.example_arguments(4).items()]
+    given += [f"num_inference_steps={steps}", "generator=torch.Generator().manual_seed(0)"]
+    return f"images = pipe({', '.join(given)}).images", 'images[0].save("picture.png")'
 
 
 def card_text(card: Card, generator: Generator, teacher: Teacher, name: str, dtype: torch.dtype) -> str:

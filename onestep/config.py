@@ -47,8 +47,13 @@ class TrainConfig:
 
     method: str = option("dmd2", "distillation method")
     teacher: str = option("fashion", "known teacher, diffusers folder or hub id")
+    init: str | None = option(None, "run or diffusers folder whose network the student starts from; none: the teacher's")
     output: str | None = option(None, "folder of the run; none means runs/<method>-<teacher>")
-    data: str | None = option(None, "embedded data by name, or a folder of class folders with images")
+    data: str | None = option(None, "embedded data by name, a folder, a file or a Hugging Face dataset: see docs/data.md")
+    cache: str | None = option(
+        None, "folder of caches shared by all runs; none means $ONESTEP_CACHE or ~/.cache/onestep", free=True
+    )
+    resolution: int | None = option(None, "side of the pictures in pixels; none means the teacher's own", minimum=1)
     seed: int = option(0, "seed of every random draw", minimum=0, below=2**63)
     iterations: int = option(1200, "training steps", minimum=1)
     batch_size: int = option(64, "samples per optimiser step, over all processes and accumulation", minimum=1)
@@ -68,9 +73,20 @@ class TrainConfig:
     init_rho: float | None = option(None, "sigma/alpha of the student's first step; none means the most noise", above=0)
     input_scale: str = option("auto", "std of the student's noise; auto: as exported", choices=("auto", "unit", "sigma"))
     student_steps: int = option(1, "network calls of the student for one sample", minimum=1)
+    student: str = option("full", "train all weights of the student, or a low-rank adapter", choices=("full", "lora"))
+    critic: str = option("full", "train all weights of the critic, or a low-rank adapter", choices=("full", "lora"))
+    rank: int = option(64, "rank of the adapters", minimum=1)
+    targets: str | None = option(
+        None, "layers to adapt, by the ends of their names and separated by commas; none: usual ones"
+    )
+    weights: str = option("fp32", "dtype in which frozen networks are stored", choices=("fp32", "bf16"))
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    optimizer: str = option("adamw", "8-bit ones need bitsandbytes", choices=("adamw", "adamw8bit", "paged-adamw8bit"))
+    attention: str = option("sdpa", "xformers needs the package and CUDA", choices=("sdpa", "xformers"))
     log_every: int = option(10, "steps between log lines", minimum=1, free=True)
     grid_every: int = option(200, "steps between image grids", minimum=1, free=True)
     grid_steps: int = option(50, "steps of the teacher in the grid", minimum=1, free=True)
+    grid_columns: int = option(6, "pictures in the grid for each of up to ten conditions", minimum=1, free=True)
     checkpoint_every: int = option(200, "steps between checkpoints", minimum=1, free=True)
     keep_checkpoints: int = option(2, "latest checkpoints to keep", minimum=1, free=True)
     export_dtype: str = option("fp32", "dtype of the exported folder", choices=("fp32", "fp16", "bf16"), free=True)
@@ -88,6 +104,11 @@ class TrainConfig:
     def folder(self) -> Path:
         """Folder of the run: `output`, or runs/<method>-<last part of the teacher's name>."""
         return Path(self.output or f"runs/{self.method}-{Path(self.teacher).resolve().name}")
+
+    @property
+    def cache_folder(self) -> Path:
+        """Folder of caches: `cache`, or $ONESTEP_CACHE, or ~/.cache/onestep."""
+        return Path(self.cache or os.environ.get("ONESTEP_CACHE") or "~/.cache/onestep").expanduser()
 
 
 def resolve(

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .lora import Adapter
+from .precision import full_precision
 from .prediction import Prediction, add_noise
 from .rng import Rng
 from .schedule import Schedule
@@ -32,8 +34,10 @@ class Denoiser(nn.Module):
     """x0 = denoiser(x_t, t, cond): bare network + schedule + prediction type.
 
     x_t has shape (B, C, ...), t shape (B,) in the schedule's time. Output channels beyond C (a learned variance) are
-    ignored. The network runs in its own dtype; the conversion to x0 runs in x_t's, float32 at least.
-    `network` may be replaced by a distributed wrapper of itself. `taps` name the submodules `features` reads.
+    ignored. The network is given float32 at least, whatever its weights are stored in, see
+    `onestep.precision`; the conversion to x0 runs in x_t's dtype, float32 at least.
+    `network` may be replaced by a distributed wrapper of itself. `taps` name the submodules `features` reads, and
+    `tap_output` which of their outputs where they have several.
     """
 
     def __init__(
@@ -43,19 +47,20 @@ class Denoiser(nn.Module):
         prediction: Prediction,
         call: Call = call_network,
         taps: Sequence[str] = (),
+        tap_output: int = 0,
     ):
         super().__init__()
         self.network, self.schedule, self.prediction, self.call = network, schedule, prediction, call
-        modules = dict(network.named_modules())
-        # kept outside nn.Module's registry: they are parts of the network already
-        self._taps = tuple(modules[name] for name in taps)
-        self.dtype: torch.dtype | None = next((p.dtype for p in network.parameters()), None)
+        self._taps, self._tap_output = tuple(taps), tap_output
+        weight = next(body(network).parameters(), None)
+        self.dtype = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
 
     def output(self, x_t: Tensor, t: Tensor, cond: Cond, network: nn.Module | None = None) -> Tensor:
         """The network's raw output at x_t, shape of x_t, in x_t's dtype."""
         alpha_t, sigma_t = self.schedule(t, x_t)
-        x_in = self.prediction.scale_input(x_t, alpha_t, sigma_t).to(self.dtype or x_t.dtype)
-        out = self.call(network or self.network, x_in, self.schedule.timestep(t), cond)
+        x_in = self.prediction.scale_input(x_t, alpha_t, sigma_t).to(self.dtype)
+        with full_precision(body(self.network)):
+            out = self.call(network or self.network, x_in, self.schedule.timestep(t), cond)
         return out[:, : x_t.shape[1]].to(alpha_t.dtype)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -84,27 +89,33 @@ class Denoiser(nn.Module):
         found: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, result: Any) -> None:
-            found.append(result[0] if isinstance(result, tuple) else result)
+            found.append(result[self._tap_output] if isinstance(result, tuple) else result)
             if len(found) == len(self._taps):
-                raise _Stop
+                raise Stop
 
         with ExitStack() as hooks:
             for tap in self._taps:
-                hooks.enter_context(tap.register_forward_hook(keep))
+                hooks.enter_context(body(self.network).get_submodule(tap).register_forward_hook(keep))
             try:
                 self.output(x_t, t, cond, network=unwrap(self.network))
-            except _Stop:
+            except Stop:
                 return found
         raise AssertionError("the network ended before every tap was reached")
 
 
-class _Stop(Exception):
+class Stop(Exception):
     """Ends a forward pass once its features are known."""
 
 
 def unwrap(network: nn.Module) -> nn.Module:
     """The bare network behind a DistributedDataParallel wrapper, or the network itself."""
     return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
+def body(network: nn.Module) -> nn.Module:
+    """The module that does the arithmetic: an adapter's base, else the bare network."""
+    bare = unwrap(network)
+    return bare.base if isinstance(bare, Adapter) else bare
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 The folder holds the student's network, a diffusers scheduler whose own timesteps are the student's, the teacher's other
 parts and a model card. It is reloaded and its pictures are compared with the generator's before it takes its name.
 
-    python -m onestep.export RUN [--output FOLDER] [--dtype fp32|fp16|bf16]
+    python -m onestep.export RUN [--output FOLDER] [--dtype fp32|fp16|bf16] [--lora diffusers|kohya]
 """
 
 import copy
@@ -13,17 +13,19 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .card import Card, card_text
+from .card import LORA_NAME, Card, card_text
 from .cli import Parser
-from .denoiser import unwrap
+from .denoiser import body, unwrap
 from .files import fsync
 from .generator import Generator
+from .lora import FORMATS, Adapter, plain, save_lora
 from .prediction import EDMPreconditioned
 from .schedule import EDM, VP, RectifiedFlow
 from .teacher import Teacher
@@ -41,24 +43,44 @@ def export(generator: Generator, teacher: Teacher, folder: Path, dtype: torch.dt
     """
     check_input_scale(generator, teacher)
     scheduler = scheduler_for(generator, teacher.pipeline.scheduler)
-    rounded = _stock_pipeline(generator, teacher, scheduler, dtype)
     try:
         with _replacing(folder) as scratch:
-            stored = copy.deepcopy(rounded)
-            for part in _modules(stored).values():
-                nn.Module.to(part, dtype)
-            stored.save_pretrained(scratch)
+            network = stored_network(generator.denoiser.network, dtype)
+            _stock_pipeline(network, teacher, scheduler, dtype).save_pretrained(scratch)
             for path in [scratch / "model_index.json", *scratch.glob("*/config.json")]:
                 config = json.loads(path.read_text(encoding="utf-8"))
                 config.pop("_name_or_path", None)  # diffusers notes where the teacher lay on this disk
                 path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            if teacher.remote_code:
+                from .networks.standalone import make_standalone
+
+                make_standalone(scratch, teacher.network_name)
             text = card_text(card, generator, teacher, folder.resolve().name, dtype)
             (scratch / "README.md").write_text(text, encoding="utf-8")
-            verify(scratch, generator, type(teacher)(rounded, teacher.facts), dtype)
+            verify(scratch, network, generator, teacher, dtype)
     except OSError as error:
         raise ValueError(
             f"the export cannot be written to {folder}: {error.strerror or error}; name a folder that is writable"
         ) from error
+    return folder
+
+
+def export_lora(generator: Generator, teacher: Teacher, folder: Path, layout: str, dtype: torch.dtype) -> Path:
+    """Write the student's adapter and the scheduler that goes with it, for a pipeline that has the teacher's weights.
+
+    `layout` is one of `onestep.lora.FORMATS`. Raises ValueError for a student that is no adapter, for a layout that its
+    network cannot have, and for a folder that cannot be written.
+    """
+    adapter = unwrap(generator.denoiser.network)
+    if not isinstance(adapter, Adapter):
+        raise ValueError("this student is no adapter: leave --lora out to export it as a full model")
+    if teacher.remote_code:
+        raise ValueError("diffusers reads no LoRA file for this network: leave --lora out to export it as a full model")
+    check_input_scale(generator, teacher)
+    scheduler = scheduler_for(generator, teacher.pipeline.scheduler)
+    with _replacing(folder, LORA_NAME) as scratch:
+        save_lora(adapter, scratch / LORA_NAME, layout, dtype)
+        scheduler.save_pretrained(scratch / "scheduler")
     return folder
 
 
@@ -151,38 +173,42 @@ def _edm_scheduler(times: list[float], sigma_data: float) -> Any:
     return scheduler
 
 
-def _modules(pipeline: Any) -> dict[str, nn.Module]:
-    return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-
-
-def _stock_pipeline(generator: Generator, teacher: Teacher, scheduler: Any, dtype: torch.dtype) -> Any:
-    """A new pipeline of the teacher's class on the CPU, in float32, its weights rounded to what `dtype` can hold."""
+def _stock_pipeline(network: nn.Module, teacher: Teacher, scheduler: Any, dtype: torch.dtype) -> Any:
+    """A new pipeline of the teacher's class around `network`, on the CPU with all weights in `dtype`."""
     parts = dict(teacher.pipeline.components) | {"scheduler": scheduler}
-    for name, part in _modules(teacher.pipeline).items():
-        source: Any = unwrap(generator.denoiser.network) if name == teacher.network_name else part
-        with torch.random.fork_rng(devices=[]):
-            # made anew, not copied: buffers that no file holds are then as exact as in a reloaded network
-            fresh = type(source).from_config(source.config)
-        fresh.load_state_dict({key: value.to("cpu", dtype) for key, value in source.state_dict().items()})
-        parts[name] = fresh.eval()
-    pipeline: Any = type(teacher.pipeline)(**parts)
+    for name, part in teacher.pipeline.components.items():
+        if name == teacher.network_name:
+            parts[name] = network
+        elif isinstance(part, nn.Module):
+            same = all(p.dtype == dtype and p.device.type == "cpu" for p in part.parameters())
+            parts[name] = part if same else nn.Module.to(copy.deepcopy(part), "cpu", dtype)
+    kind = type(teacher.pipeline)
+    settings = {key: value for key, value in teacher.pipeline.config.items() if key in signature(kind).parameters}
+    pipeline: Any = kind(**settings | parts)
     teacher.complete(pipeline)
     return pipeline
 
 
+def stored_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network on the CPU in `dtype`; an adapter's is its base with the adapter merged."""
+    bare = unwrap(network)
+    adapter = bare.name if isinstance(bare, Adapter) else None
+    return plain(body(bare), dtype, "cpu", adapter).eval()
+
+
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def _replacing(folder: Path, mark: str = "model_index.json") -> Iterator[Path]:
     """A sibling of `folder` to write into, which takes its place at the end and vanishes where anything fails.
 
-    Raises ValueError where `folder` is something else than an earlier export or an empty folder.
+    Raises ValueError where `folder` is something else than an earlier export, which has a file `mark`, or an empty folder.
     """
     target = folder.resolve()
     scratch, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
     if old.exists() and not target.exists():
         old.rename(target)  # an earlier replacement was cut off between its two renames
-    is_export = (target / "model_index.json").is_file()
+    is_export = (target / mark).is_file()
     if target.exists() and not is_export and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{folder} exists and is no diffusers folder, so it is not replaced; name another folder")
+        raise ValueError(f"{folder} exists and is no earlier export, so it is not replaced; name another folder")
     shutil.rmtree(scratch, ignore_errors=True)
     try:
         scratch.mkdir(parents=True)
@@ -213,14 +239,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     reader.add_argument("run", type=Path, metavar="RUN", help="folder of a run of onestep.train")
-    reader.add_argument("--output", type=Path, metavar="FOLDER", help="where to (default: RUN/export)")
+    reader.add_argument("--output", type=Path, metavar="FOLDER", help="where to (default: RUN/export, or RUN/lora)")
+    kinds = reader.add_mutually_exclusive_group()
+    kinds.add_argument("--merge", action="store_true", help="a full model, adapters merged (the default)")
+    kinds.add_argument("--lora", choices=FORMATS, help="the adapter alone, as a LoRA file with a scheduler beside it")
     reader.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: the run's --export-dtype)")
     given = reader.parse_args(argv)
     try:
-        lines = export_run(given.run, given.output, given.dtype)
+        lines = export_run(given.run, given.output, given.dtype, given.lora)
     except (ValueError, OSError) as error:
         reader.error(str(error))
-    print(f"export: {given.output or given.run / 'export'}\n\nUse it:\n\n{lines}")
+    print(f"Use it:\n\n{lines}")
     return 0
 
 

@@ -2,19 +2,21 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .card import Card, snippet, update_score
+from .card import Card, lora_snippet, snippet, update_score
+from .check import COUNT, require_prediction
 from .checkpoint import latest_checkpoint, read_weights
 from .config import CONFIG_NAME, PROG, TrainConfig, flat, load_config, resolve
 from .data import Data
-from .export import export
+from .export import export, export_lora
 from .generator import Generator, steps_from
 from .objectives import objective_class
-from .teacher import Teacher, facts_of, load_teacher
+from .teacher import Copies, Teacher, facts_of, load_teacher
 from .trainer import Trainer, accelerator_of, rows_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -26,9 +28,37 @@ def guidance_of(config: TrainConfig, teacher: Teacher) -> float:
     return teacher.facts.guidance if config.guidance is None else config.guidance
 
 
+def loaded(config: TrainConfig, device: torch.device | str) -> Teacher:
+    """The teacher that a run asks for. Raises ValueError where it cannot be had."""
+    teacher = load_teacher(config.teacher, device, DTYPES[config.weights], config.resolution, config.cache_folder)
+    if config.attention == "xformers":
+        use_xformers(teacher)
+    players = {"student": config.student, "critic": config.critic}
+    lora = frozenset(player for player, kind in players.items() if kind == "lora")
+    teacher.copies = Copies(lora, config.rank, config.targets, config.gradient_checkpointing)
+    return teacher
+
+
+def use_xformers(teacher: Teacher) -> None:
+    """Attention by xformers. Raises ValueError where it cannot be had."""
+    network: Any = teacher.denoiser.network
+    try:
+        network.enable_xformers_memory_efficient_attention()
+    except Exception as error:
+        raise ValueError(
+            f"xformers cannot be used: {' '.join(str(error).split())}. Type pip install 'onestep-diffusion[xformers]' on a "
+            "machine with CUDA, or leave --attention out"
+        ) from error
+
+
 def make_student(config: TrainConfig, teacher: Teacher) -> Generator:
-    """A copy of the teacher as a generator that starts at sigma/alpha = init_rho. Raises ValueError for a bad init_rho."""
-    denoiser = teacher.copy()
+    """A copy of the teacher, or of `init`, as a generator that starts at sigma/alpha = init_rho.
+
+    Raises ValueError where one of them does not fit.
+    """
+    denoiser = teacher.copy("student")
+    if config.init:
+        start_from(Path(config.init), denoiser.network, teacher.network_name)
     times = steps_from(denoiser.schedule, config.init_rho, config.student_steps)
     generator = Generator(denoiser, times)
     scale = teacher.export_scale if config.input_scale == "auto" else config.input_scale
@@ -38,21 +68,49 @@ def make_student(config: TrainConfig, teacher: Teacher) -> Generator:
     return generator
 
 
+def start_from(source: Path, network: Any, name: str) -> None:
+    """Load a network's weights from a run's averaged student, or from the subfolder `name` of a diffusers folder.
+
+    Raises ValueError where there is neither, or where they do not fit.
+    """
+    checkpoint = latest_checkpoint(source / "checkpoints")
+    try:
+        if checkpoint is not None:
+            weights = read_weights(checkpoint, "average")
+        elif (source / name).is_dir():
+            weights = type(network).from_pretrained(source / name).state_dict()
+        else:
+            raise ValueError(
+                f"{source} is no run and no diffusers folder with a {name}; type --init with the folder of a run of "
+                "onestep.train or of an export"
+            )
+        network.load_state_dict(weights, strict=True)
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the weights in {source} do not fit the teacher's {name}: {reason}. Type another --init"
+        ) from error
+
+
 def make_trainer(config: TrainConfig, options: Any, cache: Path | None = None) -> Trainer:
-    """Everything a run trains; caches are kept in `cache`, by default in the run's folder.
+    """Everything a run trains; caches are kept in `cache`, by default `config.cache_folder`.
 
     Raises ValueError for options that do not fit the teacher, its data or the number of processes.
     """
     accelerator = accelerator_of(config)
     rows_of(config, accelerator.num_processes)
-    teacher = load_teacher(config.teacher, accelerator.device)
+    teacher = loaded(config, accelerator.device)
     generator = make_student(config, teacher)
-    data = Data.of(config.data, teacher, config.seed)
+    method = objective_class(config.method)
+    data = Data.of(config.data, teacher, config.seed, config.cache_folder, method.uses_real(options))
+    if data.note and accelerator.is_main_process:
+        print(data.note)
+    if data.real is not None:
+        require_prediction(teacher, data.batch(0, COUNT, 0, COUNT, teacher.device))
     torch.manual_seed(config.seed)  # of the networks that start from scratch
     with accelerator.main_process_first():  # one process fills the cache, the others find it
-        objective = objective_class(config.method)(
-            options, teacher, generator, guidance_of(config, teacher), cache or config.folder / "cache"
-        )
+        guidance = guidance_of(config, teacher)
+        objective = method(options, teacher, generator, guidance, cache or config.cache_folder)
     return Trainer(config, teacher, generator, objective, data, config.folder)
 
 
@@ -69,8 +127,10 @@ def card_of(config: TrainConfig, options: Any, teacher: Teacher) -> Card:
     )
 
 
-def export_run(run: Path, folder: Path | None = None, dtype: str | None = None) -> str:
+def export_run(run: Path, folder: Path | None = None, dtype: str | None = None, lora: str | None = None) -> str:
     """Export the averaged student of a run's newest checkpoint; the defaults are the run's own. Returns the snippet.
+
+    `lora` names the layout of a LoRA file to write instead of a full model.
 
     Raises ValueError where the folder holds no run, or a run without a sound checkpoint.
     """
@@ -84,10 +144,13 @@ def export_run(run: Path, folder: Path | None = None, dtype: str | None = None) 
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         raise ValueError(f"{run} holds no checkpoint yet; type {PROG} --config {shlex.quote(source)} first")
-    teacher = load_teacher(config.teacher)
-    generator = make_student(config, teacher)
+    teacher = loaded(config, "cpu")
+    generator = make_student(replace(config, init=None), teacher)
     generator.denoiser.network.load_state_dict(read_weights(checkpoint, "average"), strict=True)
-    target, kind = folder or run / "export", DTYPES[dtype or config.export_dtype]
+    target, kind = folder or run / ("lora" if lora else "export"), DTYPES[dtype or config.export_dtype]
+    if lora:
+        export_lora(generator, teacher, target, lora, kind)
+        return lora_snippet(teacher, target, generator)
     export(generator, teacher, target, kind, card_of(config, options, teacher))
     _repeat_score(run, target / teacher.network_name)
     return snippet(teacher, target, len(generator.times), kind)

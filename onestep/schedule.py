@@ -48,16 +48,17 @@ class Schedule(ABC):
     @staticmethod
     def from_scheduler(scheduler: Any) -> "Schedule":
         """The schedule that a diffusers scheduler was configured for. Raises ValueError for kinds not known here."""
-        config = scheduler.config
-        if "trained_betas" in config:
-            return VP(scheduler.alphas_cumprod)
-        name = type(scheduler).__name__
+        config, name = scheduler.config, type(scheduler).__name__
+        if config.get("use_flow_sigmas"):  # solvers for both kinds keep betas in their config all the same
+            return RectifiedFlow(shift=config.flow_shift, num_train_timesteps=config.num_train_timesteps)
         if name.startswith("FlowMatch"):
             return RectifiedFlow(shift=config.shift, num_train_timesteps=config.num_train_timesteps)
         if name == "CMStochasticIterativeScheduler":
             return EDM(config.sigma_min, config.sigma_max, config.rho, noise_scale=250.0)
         if name.startswith("EDM"):
             return EDM(config.sigma_min, config.sigma_max, config.rho)
+        if "trained_betas" in config:
+            return VP(scheduler.alphas_cumprod)
         raise ValueError(
             f"no schedule is known for {name}; allowed are schedulers with betas (DDPM, DDIM, Euler, ...), "
             "FlowMatch*, EDM* and CMStochasticIterativeScheduler: load the pipeline with one of these"

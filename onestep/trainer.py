@@ -29,9 +29,6 @@ from .objectives import Objective
 from .rng import Rng
 from .teacher import Teacher
 
-COLUMNS = 6
-"""Pictures a class in a grid."""
-
 
 class Trainer:
     """Runs an objective for `config.iterations` steps in `folder`, from the newest checkpoint there if any.
@@ -65,7 +62,10 @@ class Trainer:
     def _optimizer(self, player: str) -> torch.optim.Optimizer:
         c = self.config
         parameters = [p for network in bare(self.members[player]) for p in network.parameters()]
-        return torch.optim.AdamW(parameters, self._lr(player), (c.beta1, c.beta2), weight_decay=c.weight_decay, fused=True)
+        given: Any = {"lr": self._lr(player), "betas": (c.beta1, c.beta2), "weight_decay": c.weight_decay}
+        if c.optimizer == "adamw":
+            return torch.optim.AdamW(parameters, **given, fused=True)
+        return optimizer_class(c.optimizer)(parameters, **given)
 
     def _lr(self, player: str) -> float:
         """The learning rate of the step to come: linear warm-up, then constant or a half cosine to zero."""
@@ -244,18 +244,31 @@ class Trainer:
         by_student = self.teacher.to_images(self.averaged()(z, cond, noises))
         few = len(self.generator.times)
         titles = (f"teacher, {self.config.grid_steps} steps", f"student, {few} step{'s' * (few > 1)}")
-        save_grid(path, by_teacher, by_student, titles, COLUMNS)
+        save_grid(path, by_teacher, by_student, titles, self.config.grid_columns)
 
     @cached_property
     @torch.no_grad()
     def _panel(self) -> tuple[Tensor, list[Tensor], Cond, Tensor]:
         """Noise, the chain's later noises, conditions, and the teacher's pictures of them: the same in every grid."""
         teacher = self.teacher
-        rng = Rng(self.config.seed, -1, COLUMNS * min(10, teacher.classes), device=teacher.device)
-        cond, uncond = teacher.encode(torch.arange(rng.total, device=teacher.device) // COLUMNS)
+        columns = self.config.grid_columns
+        rng = Rng(self.config.seed, -1, columns * min(10, teacher.classes), device=teacher.device)
+        cond, uncond = teacher.encode(torch.arange(rng.total, device=teacher.device) // columns)
         z, *noises = [rng.normal(teacher.shape) for _ in self.generator.times]
         x_0 = teacher.sample(z, cond, uncond, self.objective.guidance, self.config.grid_steps)
         return z, noises, cond, teacher.to_images(x_0)
+
+
+def optimizer_class(name: str) -> Any:
+    """AdamW with 8-bit states, paged to the host if asked for (Dettmers et al. 2022).
+
+    Raises ValueError without bitsandbytes.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError(f"--optimizer {name} needs bitsandbytes: type pip install bitsandbytes, or leave it out") from error
+    return {"adamw8bit": bitsandbytes.optim.AdamW8bit, "paged-adamw8bit": bitsandbytes.optim.PagedAdamW8bit}[name]
 
 
 def bare(members: list[Any]) -> list[nn.Module]:

@@ -1,15 +1,20 @@
 """Whether an exported folder makes the generator's pictures, by plain diffusers on the CPU."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .denoiser import Denoiser
 from .generator import Generator
-from .metrics.render import family_of, load_pipeline
+from .precision import full_precision
+from .quiet import quiet
 from .schedule import VP
 from .teacher import Teacher
+from .teacher.text import TextTeacher
 
 TOLERANCE = 1e-5
 """Largest deviation of a picture in [0, 1] in float32, for sigma/alpha up to 10 at the first step. Beyond, it grows in
@@ -17,59 +22,106 @@ proportion, to 2e-4 at most: x0 = (x_t - sigma eps) / alpha multiplies float32's
 HALF_TOLERANCE = 0.03
 """Largest mean deviation of a picture in [0, 1] when the folder is run in fp16 or bf16, where rounding dominates."""
 SEEDS = (0, 1, 2, 3)
+LARGE = 500_000_000
+"""Parameters beyond which half precision stays as it is stored while arithmetic is in float32, on one picture: a float32
+copy may not fit beside the teacher, and half-precision arithmetic takes a CPU hours."""
 
 
-def verify(folder: Path, generator: Generator, teacher: Teacher, dtype: torch.dtype) -> None:
-    """Compare the reloaded folder with the generator on the weights of `teacher`, which holds the export in float32."""
+def verify(folder: Path, network: nn.Module, generator: Generator, teacher: Teacher, dtype: torch.dtype) -> None:
+    """Compare the reloaded folder's weights with `network`, and its pictures with those of a generator made of them.
+
+    `network` is the generator's in the folder's `dtype`. Raises RuntimeError where they are not the same, ValueError where
+    the student or `dtype` is not up to it.
+    """
+    large = sum(p.numel() for p in network.parameters()) > LARGE
+    with quiet():  # it warns of half precision on a CPU, which this very run is about
+        pipeline = plain_pipeline(folder, dtype if large else torch.float32, teacher.remote_code)
+        stored = type(teacher)(pipeline, teacher.facts, teacher.resolution)
+        check_weights(network, stored.denoiser.network)
+        if large:
+            with full_precision(network):
+                _compare(pipeline, stored, generator, dtype, SEEDS[:1], exact=True)
+            return
+        _compare(pipeline, stored, generator, torch.float32, SEEDS, exact=True)
+        if dtype != torch.float32:
+            _compare(pipeline, stored, generator, dtype, SEEDS, exact=False)
+
+
+def _compare(
+    pipeline: Any, stored: Teacher, generator: Generator, dtype: torch.dtype, seeds: Sequence[int], exact: bool
+) -> None:
+    """The pipeline's pictures with its parts in `dtype` against those of a generator around the same weights.
+
+    `exact`: arithmetic is in float32, and the pictures are the same to TOLERANCE.
+    """
     live = generator.denoiser
-    student = Denoiser(teacher.denoiser.network, live.schedule, live.prediction, live.call)
-    reference = Generator(student, generator.times, generator.input_scale)
+    if isinstance(stored, TextTeacher):
+        stored.use_texts(stored.prompts)
+    student = Denoiser(stored.denoiser.network, live.schedule, live.prediction, stored.call)
+    want = own_pictures(Generator(student, generator.times, generator.input_scale), stored, dtype, seeds)
+    if not want.isfinite().all():
+        raise ValueError("the student makes pictures with NaN or infinity: export an earlier checkpoint")
+    error = (stock_pictures(pipeline.to(dtype), stored, len(generator.times), seeds) - want).abs()
     alpha_t, sigma_t = live.schedule.coefficients(generator.time(0, torch.zeros(1)))
     rho = float(sigma_t / alpha_t) if isinstance(live.schedule, VP) else 1.0
-    for arithmetic in dict.fromkeys((torch.float32, dtype)):
-        want = own_pictures(reference, teacher, arithmetic)
-        error = (stock_pictures(folder, teacher, len(generator.times), arithmetic) - want).abs()
-        if not want.isfinite().all():
-            raise ValueError("the student makes pictures with NaN or infinity: export an earlier checkpoint")
-        if arithmetic == torch.float32 and not error.max() <= TOLERANCE * min(max(1.0, rho / 10), 20.0):
-            raise RuntimeError(f"the exported folder deviates from the generator by {error.max():.3g}, so it is dropped")
-        if not error.mean() <= HALF_TOLERANCE:
-            raise ValueError(
-                f"in {arithmetic} the exported pictures deviate by {error.mean():.3g} on average, more than "
-                f"{HALF_TOLERANCE}; type --export-dtype fp32"
-            )
+    if exact and not error.max() <= TOLERANCE * min(max(1.0, rho / 10), 20.0):
+        raise RuntimeError(f"the exported folder deviates from the generator by {error.max():.3g}, so it is dropped")
+    if not error.mean() <= HALF_TOLERANCE:
+        raise ValueError(
+            f"in {dtype} the exported pictures deviate by {error.mean():.3g} on average, more than "
+            f"{HALF_TOLERANCE}; type --export-dtype fp32"
+        )
 
 
-def stock_pictures(folder: Path, teacher: Teacher, steps: int, dtype: torch.dtype) -> Tensor:
+def plain_pipeline(folder: Path, dtype: torch.dtype, remote_code: bool = False) -> Any:
+    """The folder as any user of diffusers loads it, on the CPU; `remote_code`: with the code that is in it."""
+    from diffusers import DiffusionPipeline
+
+    trust = {"trust_remote_code": True} if remote_code else {}
+    pipeline = DiffusionPipeline.from_pretrained(
+        str(folder), local_files_only=True, use_safetensors=True, torch_dtype=dtype, **trust
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def check_weights(written: nn.Module, read: nn.Module) -> None:
+    """Raises RuntimeError where a weight that was read is not the one that was written."""
+    want, found = written.state_dict(), read.state_dict()
+    for name in {*want, *found}:
+        if name not in want or name not in found or not _same(want[name], found[name]):
+            raise RuntimeError(f"{name} was not stored as it is in the generator, so the export is dropped")
+
+
+def _same(written: Tensor, read: Tensor) -> bool:
+    return torch.equal(written.to(read.dtype).nan_to_num(), read.nan_to_num())  # a NaN is told by its pictures
+
+
+def stock_pictures(pipeline: Any, teacher: Teacher, steps: int, seeds: Sequence[int]) -> Tensor:
     """What plain diffusers makes of the folder on the CPU, one generator an image, shape (B, C, H, W) in [0, 1]."""
-    from diffusers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of half precision on a CPU, which this very run is about
-    try:
-        pipeline = load_pipeline(folder, "cpu", dtype)
-    finally:
-        logging.set_verbosity(verbosity)
-    labels = [seed % teacher.classes for seed in SEEDS]
+    given = teacher.arguments([seed % teacher.classes for seed in seeds])
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed: it would also reseed the accelerators that a training is drawing from
-        torch.default_generator.manual_seed(SEEDS[0])
-        sources = [torch.Generator().manual_seed(seed) for seed in SEEDS]
-        return family_of(pipeline).sample(pipeline, labels, sources, steps, 1.0).float()
+        torch.default_generator.manual_seed(seeds[0])
+        sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+        images = pipeline(**given, num_inference_steps=steps, generator=sources, output_type="pt").images
+    # DiTPipeline gives an array (B, H, W, C) whatever it is asked for
+    return torch.from_numpy(images).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images.float()
 
 
 @torch.no_grad()
-def own_pictures(generator: Generator, teacher: Teacher, dtype: torch.dtype) -> Tensor:
+def own_pictures(generator: Generator, teacher: Teacher, dtype: torch.dtype, seeds: Sequence[int]) -> Tensor:
     """The generator's pictures from the noise that `stock_pictures` sees, drawn in `dtype`, computed in float32."""
-    sources = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+    kind = teacher.noise_dtype(dtype)
 
     def draw() -> Tensor:
-        return torch.cat([torch.randn((1, *teacher.shape), generator=each, dtype=dtype) for each in sources]).float()
+        return torch.cat([torch.randn((1, *teacher.shape), generator=each, dtype=kind) for each in sources]).float()
 
     z, count = draw(), len(generator.times) - 1
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(SEEDS[0])
+        torch.default_generator.manual_seed(seeds[0])
         # a stock pipeline that hands its generators to the first noise alone takes the others from torch's own
-        noises = [draw() if teacher.seeded_chain else torch.randn(z.shape, dtype=dtype).float() for _ in range(count)]
-    cond, _ = teacher.encode(torch.tensor([seed % teacher.classes for seed in SEEDS]))
+        noises = [draw() if teacher.seeded_chain else torch.randn(z.shape, dtype=kind).float() for _ in range(count)]
+    cond, _ = teacher.encode(torch.tensor([seed % teacher.classes for seed in seeds]))
     return teacher.to_images(generator(z, cond, noises)).float()

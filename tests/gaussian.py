@@ -156,7 +156,7 @@ class ClosedFormTeacher(Teacher):
         self.facts, self._shape = Facts(source="closed form"), shape
         self.denoiser = denoiser(network.eval().requires_grad_(False))
 
-    def copy(self) -> Denoiser:
+    def copy(self, player: str = "critic") -> Denoiser:
         return denoiser(copy.deepcopy(self.denoiser.network).requires_grad_(True))
 
     @property
@@ -166,6 +166,8 @@ class ClosedFormTeacher(Teacher):
     @property
     def image_shape(self) -> tuple[int, int]:
         raise NotImplementedError
+
+    native_resolution = pixels_per_cell = 1
 
     @property
     def classes(self) -> int:
@@ -180,7 +182,9 @@ class ClosedFormTeacher(Teacher):
     def to_x0(self, images: Tensor) -> Tensor:
         return images
 
-    def to_images(self, x_0: Tensor) -> Tensor:
+    schedules = Schedule
+
+    def decode(self, x_0: Tensor) -> Tensor:
         return x_0
 
 

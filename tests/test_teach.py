@@ -70,9 +70,10 @@ def test_fashion_mnist_is_read_from_its_own_files(tmp_path):
 
 def test_sheet_round_trip(tmp_path, monkeypatch):
     from onestep import data
+    from onestep.data import images as embedded
 
     images = torch.randint(256, (7, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     save_sheet(tmp_path / "digits_data", images, torch.arange(7), tile=8)
-    monkeypatch.setattr(data, "ASSETS", tmp_path)
+    monkeypatch.setattr(embedded, "ASSETS", tmp_path)
     read, labels = data.load_images("digits", 1, 8)
     assert torch.equal(((read + 1) * 127.5).round().to(torch.uint8), images) and labels.tolist() == list(range(7))

@@ -79,8 +79,15 @@ def family_of(pipe: Any) -> Family:
     return _family_named(type(pipe).__name__)
 
 
-def load_pipeline(folder: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """The diffusers pipeline of a local folder, without onestep, the hub, remote code or pickles.
+def load_pipeline(
+    folder: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Any:
+    """The diffusers pipeline of a local folder, without onestep, the hub or pickles.
+
+    Code that the folder brings along is run only where it is to be trusted.
 
     Raises ValueError where the folder is no complete diffusers folder of a known class.
     """
@@ -97,7 +104,9 @@ def load_pipeline(folder: str | Path, device: torch.device | str = "cpu", dtype:
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(folder), local_files_only=True, use_safetensors=True)
+        pipe = DiffusionPipeline.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError, RuntimeError and more here
         raise ValueError(f"{folder} could not be loaded: {error}. Export the folder again") from error
     finally:

@@ -7,6 +7,7 @@ from .base import Batch, Objective
 
 OBJECTIVES: dict[str, str] = {
     "dmd2": "onestep.objectives.dmd2:DMD2",
+    "regression": "onestep.objectives.regression:Regression",
 }
 
 __all__ = ["OBJECTIVES", "Batch", "Objective", "objective_class"]

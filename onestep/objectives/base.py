@@ -43,6 +43,11 @@ class Objective(ABC):
         )
         self.log: dict[str, Tensor] = {}
 
+    @classmethod
+    def uses_real(cls, config: Any) -> bool:
+        """Whether a method with these options looks at real samples."""
+        return False
+
     @abstractmethod
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         """The trained parties, one optimiser each; every module holds its bare network as `.network`."""

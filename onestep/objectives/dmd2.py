@@ -61,6 +61,10 @@ class DMD2(Objective):
         if self.config.regression:
             self.pairs = PairCache(self.folder, self.teacher, self.config.pairs, self.config.pair_steps, self.guidance)
 
+    @classmethod
+    def uses_real(cls, config: DMD2Config) -> bool:
+        return bool(config.gan_critic)
+
     def _discriminator(self) -> Discriminator:
         device = self.teacher.device
         with torch.no_grad():

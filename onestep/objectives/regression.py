@@ -1,0 +1,98 @@
+"""Regression on teacher pairs: the warm start of a one-step student (DMD, Yin et al. 2023, section 3.2 and DMD2, appendix).
+
+The student starts from noise and is regressed on what the teacher's deterministic sampler makes of the same noise.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import MethodConfig, option
+from ..data import PairCache
+from .base import Batch, Objective
+
+
+@dataclass
+class RegressionConfig(MethodConfig):
+    """Options of the regression. The pairs are made once, kept in the cache folder, and found again by every run."""
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta1": 0.9}
+
+    distance: str = option("pseudo-huber", "distance to the teacher", choices=("l2", "pseudo-huber", "lpips"))
+    huber: float = option(0.0, "c of the pseudo-Huber distance; 0 means 0.00054 sqrt(dimension)", minimum=0.0)
+    pairs: int = option(2048, "pairs of noise and teacher sample", minimum=1)
+    pair_steps: int = option(50, "teacher steps for each pair", minimum=1)
+    pair_sampler: str = option("ddim", "sampler of the pairs; dpm++ needs fewer steps", choices=("ddim", "dpm++"))
+    pair_batch: int = option(128, "pairs that the teacher makes at once", minimum=1)
+    pair_half: bool = option(False, "keep the pairs in fp16")
+
+
+def l2(x: Tensor, y: Tensor) -> Tensor:
+    """mean (x - y)^2 over batch and elements."""
+    return F.mse_loss(x, y)
+
+
+def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
+    """mean over the batch of (sqrt(|x - y|^2 + c^2) - c) / sqrt(D), with D elements a sample (Song & Dhariwal 2023, eq. 8).
+
+    Divided by sqrt(D) so that its gradient has the size of the mean absolute error's.
+    """
+    square = (x - y).flatten(1).square().sum(1)
+    return ((square + c**2).sqrt() - c).mean() / math.sqrt(x[0].numel())
+
+
+class Regression(Objective):
+    """min_G E d(G(z), y_z) over pairs (z, y_z)."""
+
+    Config = RegressionConfig
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        c = self.config
+        self.perceptual = lpips_on(self.teacher.device) if c.distance == "lpips" else None
+        self.pairs = PairCache(
+            self.folder,
+            self.teacher,
+            c.pairs,
+            c.pair_steps,
+            self.guidance,
+            half=c.pair_half,
+            sampler=c.pair_sampler,
+            batch=c.pair_batch,
+        )
+
+    def players(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {"generator": [self.generator.denoiser]}
+
+    def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
+        z, y, conditions = self.pairs.draw(batch.rng)
+        loss = self._distance(self.generator.first(z, self.teacher.encode(conditions)[0]), y)
+        self.log["regression"] = loss.detach()
+        yield "generator", loss
+
+    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+        if self.perceptual is not None:
+            with torch.no_grad():
+                target = self.teacher.decode(y)
+            return self.perceptual(self.teacher.decode(x).float(), target.float()).mean()
+        if self.config.distance == "l2":
+            return l2(x, y)
+        return pseudo_huber(x, y, self.config.huber or 0.00054 * math.sqrt(x[0].numel()))
+
+
+def lpips_on(device: torch.device) -> nn.Module:
+    """LPIPS on VGG features (Zhang et al. 2018). Raises ValueError where the package or its weights cannot be had."""
+    try:
+        from lpips import LPIPS
+
+        return LPIPS(net="vgg", verbose=False).eval().requires_grad_(False).to(device)
+    except Exception as error:
+        raise ValueError(
+            f"LPIPS cannot be had: {error}. Type pip install lpips; its VGG weights are downloaded on first use. "
+            "Or type --distance pseudo-huber"
+        ) from error

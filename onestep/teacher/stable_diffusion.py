@@ -1,0 +1,81 @@
+"""Stable Diffusion 1.5, 2.1, XL and 3."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..denoiser import Cond
+from ..schedule import VP, RectifiedFlow
+from .text import TextTeacher
+
+
+class SDTeacher(TextTeacher):
+    """diffusers' StableDiffusionPipeline: 1.5 (epsilon) and 2.1 (v). The safety checker is left out."""
+
+    schedules = VP
+    network_name = "unet"
+    load_arguments = {"safety_checker": None, "requires_safety_checker": False}
+
+    def taps(self, network: nn.Module) -> list[str]:
+        return ["mid_block"]
+
+    @property
+    def pixels_per_cell(self) -> int:
+        return self.latent_factor * 2 ** (len(self.network.config.block_out_channels) - 1)
+
+    def _embed(self, prompts: list[str]) -> tuple[Cond, Cond]:
+        cond, uncond = self.pipeline.encode_prompt(prompts, self.device, 1, True)
+        return {"encoder_hidden_states": cond}, {"encoder_hidden_states": uncond}
+
+
+class SDXLTeacher(SDTeacher):
+    """diffusers' StableDiffusionXLPipeline: two text encoders, pooled text, and sizes as conditions.
+
+    The size condition is (height, width, 0, 0, height, width): original size, crop and target size of a whole picture.
+    """
+
+    load_arguments = {}
+    encoders = ("text_encoder", "text_encoder_2")
+
+    def _embed(self, prompts: list[str]) -> tuple[Cond, Cond]:
+        cond, uncond, pooled, null = self.pipeline.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=True
+        )
+        return (
+            {"encoder_hidden_states": cond, "text_embeds": pooled},
+            {"encoder_hidden_states": uncond, "text_embeds": null},
+        )
+
+    def encode(self, conditions: Tensor) -> tuple[Cond, Cond | None]:
+        cond, uncond = super().encode(conditions)
+        assert uncond is not None
+        side = self.resolution
+        time_ids = cond["text_embeds"].new_tensor([side, side, 0, 0, side, side]).expand(len(conditions), 6)
+        return cond | {"time_ids": time_ids}, uncond | {"time_ids": time_ids}
+
+    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        added = {"text_embeds": cond["text_embeds"], "time_ids": cond["time_ids"]}
+        states = cond["encoder_hidden_states"]
+        return network(x, timestep, encoder_hidden_states=states, added_cond_kwargs=added, return_dict=False)[0]
+
+
+class SD3Teacher(TextTeacher):
+    """diffusers' StableDiffusion3Pipeline: rectified flow, three text encoders, pooled text."""
+
+    schedules = RectifiedFlow
+    network_name = "transformer"
+    tap_output = 1
+    encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+    def taps(self, network: Any) -> list[str]:
+        return [f"transformer_blocks.{(len(network.transformer_blocks) - 1) // 2}"]
+
+    def _embed(self, prompts: list[str]) -> tuple[Cond, Cond]:
+        cond, uncond, pooled, null = self.pipeline.encode_prompt(prompts, None, None, device=self.device)
+        return (
+            {"encoder_hidden_states": cond, "pooled_projections": pooled},
+            {"encoder_hidden_states": uncond, "pooled_projections": null},
+        )
+
+    def call(self, network: nn.Module, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
+        return network(hidden_states=x, timestep=timestep, return_dict=False, **cond)[0]
