@@ -251,3 +251,21 @@ def test_the_folder_of_a_run_is_named_after_method_and_teacher(tmp_path: Path):
 def test_importing_the_options_does_not_import_torch():
     check = "import sys, onestep.cli; sys.exit(bool({'torch', 'diffusers', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
+
+
+RECIPES = sorted(
+    path for path in (Path(__file__).parent.parent / "train").glob("*.yaml") if not path.name.startswith("teach_")
+)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_resolves_and_names_what_is_in_it(path: Path):
+    from onestep.objectives import objective_class
+    from onestep.teacher import facts_of
+
+    given = load_recipe(path)
+    name, teacher = given.get("method", "dmd2"), given.get("teacher", "fashion")
+    assert path.stem.startswith(f"{name}_{teacher}")
+    options = resolve(objective_class(name).Config, facts_of(teacher).train, given, {}, path.name)
+    resolved = flat(*options)
+    assert {key: type(resolved[key])(value) for key, value in given.items()} == {key: resolved[key] for key in given}

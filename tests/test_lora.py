@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from onestep import checkpointing
 from onestep.checkpoint import load_checkpoint, save_checkpoint
-from onestep.denoiser import Denoiser, frozen
+from onestep.denoiser import Denoiser, Stop, frozen
 from onestep.lora import Adapter, active, active_name, default_targets, merge, names, plain, save_lora, unused
 from onestep.prediction import PREDICTIONS
 from onestep.schedule import VP
@@ -413,6 +413,23 @@ def test_checkpointing_survives_the_early_end_of_features():
         assert calls == [2]
     gradients = {name: p.grad is not None for name, p in student.named_parameters()}
     assert gradients == {name: ".0." in name[: len("transformer_blocks.0.")] for name in gradients}
+
+
+def test_checkpointing_is_tidy_while_the_early_end_is_still_handled():
+    """Whoever keeps the exception keeps its frames, but not the packing of tensors that a checkpoint does in them."""
+    base = dit()
+    checkpointing.enable(base)
+    student = trained(base, "student")
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    hook = base.transformer_blocks[0].register_forward_hook(stop)
+    with pytest.raises(Stop) as kept:
+        output(student, arguments(base))
+    hook.remove()
+    y = torch.ones(2, requires_grad=True).exp()
+    assert torch.equal(y.grad_fn._saved_result, y) and kept.value is not None
 
 
 def test_checkpointing_of_a_copied_base_means_the_copy():
