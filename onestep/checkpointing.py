@@ -36,7 +36,7 @@ def _checkpointed(base: nn.Module, block: Callable[..., Any], *args: Any) -> Any
         nonlocal stopped
         try:
             return block(*inputs)
-        except Stop:  # it may end this forward pass, but not leave the checkpoint's own bookkeeping half done
+        except Stop:  # passing through older versions of checkpoint, it would leave their bookkeeping half done
             stopped = True
             return None
 

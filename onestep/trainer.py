@@ -241,7 +241,8 @@ class Trainer:
         if not self.accelerator.is_main_process:
             return
         z, noises, cond, by_teacher = self._panel
-        by_student = self.teacher.to_images(self.averaged()(z, cond, noises))
+        student = self.averaged()
+        by_student = self._pictures(lambda of: student(z[of], rows_in(cond, of), [each[of] for each in noises]), len(z))
         few = len(self.generator.times)
         titles = (f"teacher, {self.config.grid_steps} steps", f"student, {few} step{'s' * (few > 1)}")
         save_grid(path, by_teacher, by_student, titles, self.config.grid_columns)
@@ -255,8 +256,22 @@ class Trainer:
         rng = Rng(self.config.seed, -1, columns * min(10, teacher.classes), device=teacher.device)
         cond, uncond = teacher.encode(torch.arange(rng.total, device=teacher.device) // columns)
         z, *noises = [rng.normal(teacher.shape) for _ in self.generator.times]
-        x_0 = teacher.sample(z, cond, uncond, self.objective.guidance, self.config.grid_steps)
-        return z, noises, cond, teacher.to_images(x_0)
+        guidance, steps = self.objective.guidance, self.config.grid_steps
+
+        def sample(of: slice) -> Tensor:
+            return teacher.sample(z[of], rows_in(cond, of), uncond and rows_in(uncond, of), guidance, steps)
+
+        return z, noises, cond, self._pictures(sample, len(z))
+
+    def _pictures(self, make: Callable[[slice], Tensor], count: int) -> Tensor:
+        """Pictures, on the CPU, of `count` x0; only as many are made at once as training has in memory anyway."""
+        parts = [slice(start, start + self.rows) for start in range(0, count, self.rows)]
+        return torch.cat([self.teacher.to_images(make(part)).cpu() for part in parts])
+
+
+def rows_in(cond: Cond, rows: slice) -> Cond:
+    """Some rows of a batch of conditions."""
+    return {name: value[rows] for name, value in cond.items()}
 
 
 def optimizer_class(name: str) -> Any:
