@@ -22,7 +22,7 @@ from .teacher.text import TextTeacher
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """Noise levels, as fractions of the schedule."""
 COUNT = 64
-"""Real samples the errors are measured on."""
+"""Real samples the errors are measured on; fewer of large pictures, which are many measurements each."""
 CLEAR = 3.0
 """Another prediction type is named where its error is this many times smaller, and below half of the best linear guess."""
 
@@ -53,6 +53,12 @@ def candidates_of(teacher: Teacher) -> dict[str, Prediction]:
         return {own.name: own}
     flow = isinstance(teacher.denoiser.schedule, RectifiedFlow)
     return {name: each for name, each in PREDICTIONS.items() if flow or name != "flow_prediction"}
+
+
+def samples(data: Data, teacher: Teacher) -> Batch:
+    """Real samples to measure on: COUNT of pictures up to 64 pixels, at least 4."""
+    count = max(4, min(COUNT, COUNT * 64**2 // teacher.resolution**2))
+    return data.batch(0, count, 0, count, teacher.device)
 
 
 @torch.no_grad()
@@ -137,7 +143,7 @@ def check(name: str, source: str | None, cache: Path, resolution: int | None, st
     batch = None
     if source:
         data = Data.of(source, teacher, 0, cache)
-        batch = data.batch(0, COUNT, 0, COUNT, teacher.device)
+        batch = samples(data, teacher)
     elif isinstance(teacher, TextTeacher):
         teacher.use_texts(teacher.prompts)
     rng = Rng(0, 0, min(4, teacher.classes) * 2, device=teacher.device)

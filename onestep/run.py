@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .card import Card, lora_snippet, snippet, update_score
-from .check import COUNT, require_prediction
+from .check import require_prediction, samples
 from .checkpoint import latest_checkpoint, read_weights
 from .config import CONFIG_NAME, PROG, TrainConfig, flat, load_config, resolve
 from .data import Data
@@ -106,7 +106,7 @@ def make_trainer(config: TrainConfig, options: Any, cache: Path | None = None) -
     if data.note and accelerator.is_main_process:
         print(data.note)
     if data.real is not None:
-        require_prediction(teacher, data.batch(0, COUNT, 0, COUNT, teacher.device))
+        require_prediction(teacher, samples(data, teacher))
     torch.manual_seed(config.seed)  # of the networks that start from scratch
     with accelerator.main_process_first():  # one process fills the cache, the others find it
         guidance = guidance_of(config, teacher)

@@ -20,7 +20,9 @@ from .shards import Rows, Shards
 from .sources import open_source
 
 CHUNK = 64
-"""Pictures that are encoded at once, and prompts."""
+"""Prompts that are embedded at once, and small pictures that are encoded at once."""
+PIXELS = CHUNK * 64**2
+"""Pixels of pictures that are encoded at once, or one picture: an autoencoder's activations take kilobytes a pixel."""
 PROMPTS_PER_SHARD = 256
 """Embeddings of a prompt take up to a few megabytes."""
 
@@ -143,7 +145,8 @@ def _fitted(rows: Sequence[Row], channels: int, size: int) -> list[Tensor]:
 
 @torch.no_grad()
 def _encoded(images: Tensor, teacher: Teacher) -> Tensor:
-    return torch.cat([teacher.to_x0(chunk.to(teacher.device)) for chunk in images.split(CHUNK)])
+    rows = min(CHUNK, max(1, PIXELS // teacher.resolution**2))
+    return torch.cat([teacher.to_x0(chunk.to(teacher.device)) for chunk in images.split(rows)])
 
 
 def _encode_all(source: Source, report: Report, teacher: Teacher, cache: Path) -> Shards:

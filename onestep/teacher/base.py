@@ -1,5 +1,6 @@
 """What a teacher is to the rest of the library: a frozen diffusers pipeline seen as a denoiser."""
 
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpointing import enable
-from ..denoiser import Cond, Denoiser, call_network, stack
-from ..lora import Adapter, plain
+from ..denoiser import Cond, Denoiser, body, call_network, stack
+from ..lora import Adapter, plain, unused
 from ..prediction import prediction_of
 from ..schedule import Schedule
 
@@ -99,7 +100,7 @@ class Teacher(ABC):
 
     def _denoiser(self, network: nn.Module) -> Denoiser:
         prediction = prediction_of(self.pipeline.scheduler)
-        return Denoiser(network, self.schedule(), prediction, self.call, self.taps(network), self.tap_output)
+        return Denoiser(network, self.schedule(), prediction, self.call, self.taps(body(network)), self.tap_output)
 
     def schedule(self) -> Schedule:
         """The noise schedule that the pipeline's scheduler was configured for."""
@@ -116,9 +117,11 @@ class Teacher(ABC):
         """
         network: nn.Module = self.denoiser.network
         if player in self.copies.lora:
-            trained: nn.Module = Adapter(network, player, self.copies.rank, self.copies.targets)
+            seed = zlib.crc32(player.encode())  # players start from different ones
+            name = unused(network, player)
+            trained: nn.Module = Adapter(network, name, self.copies.rank, self.copies.targets, seed=seed)
         else:
-            trained = plain(network, torch.float32).requires_grad_(True)
+            trained = plain(network, self.denoiser.dtype).requires_grad_(True)
         if self.copies.checkpointing:
             enable(trained)
         return self._denoiser(trained)
