@@ -1,10 +1,15 @@
-"""The GAN critic: small convolutional heads on features of a denoiser."""
+"""The GAN critic: small convolutional heads on features of a denoiser, and the losses on them."""
 
 import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .denoiser import Cond, Denoiser, stack
+from .prediction import add_noise
+from .rng import Rng
 
 
 def as_map(feature: Tensor) -> Tensor:
@@ -50,3 +55,34 @@ class Discriminator(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         return self.network(features)
+
+
+class GAN:
+    """D(x_t) = heads on the features of `denoiser`, non-saturating; each sample has a noise level of its own."""
+
+    def __init__(self, denoiser: Denoiser, head: Discriminator, t_max: float = 1.0):
+        """`t_max` is the most noise, as a fraction of the schedule."""
+        self.denoiser, self.head, self.t_max = denoiser, head, t_max
+
+    def fool(self, x: Tensor, cond: Cond, rng: Rng) -> Tensor:
+        """The generator's loss, mean softplus(-D(x_t)) (Goodfellow et al. 2014, section 3)."""
+        return F.softplus(-self._logits(x, cond, rng.uniform(0.0, self.t_max), rng.normal(x.shape[1:]))).mean()
+
+    def tell(self, x: Tensor, real: Tensor, cond: Cond, rng: Rng) -> Tensor:
+        """The critic's loss, mean softplus(D(x_t)) + mean softplus(-D(real_t)), from one pass over both halves."""
+        u = torch.cat([rng.uniform(0.0, self.t_max), rng.uniform(0.0, self.t_max)])
+        noise = torch.cat([rng.normal(x.shape[1:]), rng.normal(x.shape[1:])])
+        by_x, by_real = self._logits(torch.cat([x, real]), stack(cond, cond), u, noise).chunk(2)
+        return F.softplus(by_x).mean() + F.softplus(-by_real).mean()
+
+    def _logits(self, x: Tensor, cond: Cond, u: Tensor, noise: Tensor) -> Tensor:
+        schedule = self.denoiser.schedule
+        t = schedule.at(u)
+        return self.head(self.denoiser.features(add_noise(schedule, x, noise, t), t, cond))
+
+
+def heads_on(denoiser: Denoiser, shape: Sequence[int], t: Tensor, cond: Cond) -> Discriminator:
+    """Fresh heads for the features of a denoiser; `shape` is that of one x0, `t` and `cond` any batch of one."""
+    with torch.no_grad():
+        features = denoiser.features(torch.zeros(1, *shape, device=t.device), t, cond)
+    return Discriminator(features).to(t.device)

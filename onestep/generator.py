@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .denoiser import Cond, Denoiser
 from .prediction import add_noise
+from .rng import Rng
 from .schedule import Schedule
 
 
@@ -57,3 +58,18 @@ class Generator(nn.Module):
         for index, eps in enumerate(noises, start=1):
             x_0 = self.later(x_0, eps, index, cond)
         return x_0
+
+    def simulate(self, shape: Sequence[int], cond: Cond, rng: Rng, grad: bool) -> Tensor:
+        """x0 = G(z) for training, shape (B, *shape); `grad` asks for its gradient.
+
+        A chain is run for a random number of calls, the same on every process, with the gradient in the last of them:
+        backward simulation (DMD2, section 4.5).
+        """
+        z = rng.normal(shape)
+        last = rng.shared_integer(len(self.times))
+        with torch.set_grad_enabled(grad and last == 0):
+            x = self.first(z, cond)
+        for index in range(1, last + 1):
+            with torch.set_grad_enabled(grad and index == last):
+                x = self.later(x, rng.normal(shape), index, cond)
+        return x

@@ -113,7 +113,7 @@ def turns_of(
     rules = nullcontext() if config.device == "cpu" else as_on_accelerators()
     with Ledger(tensors_of(*modules)) as ledger, rules:
         ledger.watch(p for each in parameters.values() for p in each)
-        for step in range(8):
+        for step in range(objective.settled, objective.settled + 8):
             if (
                 config.accumulation > 1
             ):  # the last micro-batch, the one with most in memory, finds all gradients of the others

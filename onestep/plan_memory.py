@@ -75,13 +75,13 @@ class Run:
             denoiser = self.teacher.copy("student")
             self.generator = Generator(denoiser, steps_from(denoiser.schedule, config.init_rho, config.student_steps))
             guidance = guidance_of(config, self.teacher)
-            self.objective: Objective = method(options, self.teacher, self.generator, guidance, Path())
+            self.objective: Objective = method(options, self.teacher, self.generator, guidance, Path(), Path())
         self.members = {name: bare(list(modules)) for name, modules in self.objective.players().items()}
 
     @property
     def modules(self) -> list[nn.Module]:
         parts = [part for part in self.teacher.pipeline.components.values() if isinstance(part, nn.Module)]
-        return [*parts, *(network for networks in self.members.values() for network in networks)]
+        return [*parts, *self.objective.kept(), *(network for networks in self.members.values() for network in networks)]
 
     def memory(self) -> Memory:
         """What is there all the time; `turns` are left empty."""

@@ -110,7 +110,7 @@ def make_trainer(config: TrainConfig, options: Any, cache: Path | None = None) -
     torch.manual_seed(config.seed)  # of the networks that start from scratch
     with accelerator.main_process_first():  # one process fills the cache, the others find it
         guidance = guidance_of(config, teacher)
-        objective = method(options, teacher, generator, guidance, cache or config.cache_folder)
+        objective = method(options, teacher, generator, guidance, cache or config.cache_folder, config.folder)
     return Trainer(config, teacher, generator, objective, data, config.folder)
 
 

@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from tiny import dit_pipeline, edm_pipeline
 from torch import Tensor, nn
 
+from onestep import discriminator
 from onestep.data import PairCache
 from onestep.denoiser import Denoiser
 from onestep.discriminator import Discriminator, as_map
 from onestep.generator import Generator, steps_from
-from onestep.objectives import dmd2
+from onestep.objectives import score
 from onestep.objectives.base import Batch
-from onestep.objectives.dmd2 import DMD2, DMD2Config, matching_loss
+from onestep.objectives.dmd2 import DMD2, DMD2Config
+from onestep.objectives.score import matching_loss
 from onestep.prediction import add_noise
 from onestep.rng import Rng
 from onestep.schedule import EDM, VP
@@ -42,7 +44,7 @@ def objective(
     **options: float,
 ) -> DMD2:
     times = steps_from(teacher.denoiser.schedule, 2.5, 1) if times is None else times
-    return kind(DMD2Config(**options), teacher, Generator(teacher.copy(), times), guidance, folder)
+    return kind(DMD2Config(**options), teacher, Generator(teacher.copy(), times), guidance, folder, folder)
 
 
 def dit() -> Teacher:
@@ -167,7 +169,7 @@ def test_guidance_is_the_teachers_alone():
     conditions = torch.tensor([0, 1, 2])
     cond, uncond = method.teacher.encode(conditions)
     x = torch.zeros(3, 1, dtype=torch.float64)
-    fake, real = method._gradient_at(x, Batch(conditions, None, Rng(0, 0, 3, dtype=torch.float64)), cond, uncond)
+    fake, real = method.estimates(x, Batch(conditions, None, Rng(0, 0, 3, dtype=torch.float64)), cond, uncond)
     # the student's estimate has the class's shift, the teacher's 3 + 2.5 (class - 3)
     torch.testing.assert_close(real - fake, (1.5 * (conditions - 3)).double().view(-1, 1), atol=1e-9, rtol=0)
 
@@ -232,13 +234,11 @@ def linear_gan(monkeypatch: pytest.MonkeyPatch, **options: float) -> tuple[Linea
     (z, eps), weights = grid(40, 2)
 
     class Weighted:
-        mse_loss = staticmethod(torch.nn.functional.mse_loss)
-
         @staticmethod
         def softplus(logits: Tensor) -> Tensor:
             return torch.nn.functional.softplus(logits) * weights * len(weights)
 
-    monkeypatch.setattr(dmd2, "F", Weighted)
+    monkeypatch.setattr(discriminator, "F", Weighted)
     return method, z, eps, weights
 
 
@@ -249,18 +249,18 @@ def test_gan_critic_optimum(monkeypatch):
     fake, real = -0.4 + deviation * z, 0.7 + deviation * z
     cond, _ = method.teacher.encode(torch.zeros(len(z), dtype=torch.long))
     fit = torch.optim.LBFGS(
-        method.head.parameters(), max_iter=200, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+        method.gan.head.parameters(), max_iter=200, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:
         fit.zero_grad()
-        loss = method._tell(fake, Batch(cond["class_labels"], real, GridRng([eps, eps])), cond)
+        loss = method.gan.tell(fake, real, cond, GridRng([eps, eps]))
         loss.backward()
         return loss
 
     fit.step(closure)
-    assert float(method.head.network.weight.detach()) == pytest.approx(1.375, abs=1e-5)
-    assert float(method.head.network.bias.detach()) == pytest.approx(-0.20625, abs=1e-5)
+    assert float(method.gan.head.network.weight.detach()) == pytest.approx(1.375, abs=1e-5)
+    assert float(method.gan.head.network.bias.detach()) == pytest.approx(-0.20625, abs=1e-5)
 
 
 @pytest.mark.parametrize("side", [4, 8])
@@ -297,8 +297,9 @@ def test_gan_critic_loss_trains_the_fake_denoiser_too():
     teacher = dit()
     method = objective(teacher)
     cond, _ = teacher.encode(torch.arange(2))
-    method._tell(torch.ones(2, *teacher.shape), batch(teacher), cond).backward()
-    assert all(has_gradient(method.head)) and any(has_gradient(method.fake))
+    item = batch(teacher)
+    method.gan.tell(torch.ones(2, *teacher.shape), item.real, cond, item.rng).backward()
+    assert all(has_gradient(method.gan.head)) and any(has_gradient(method.fake))
 
 
 def test_gan_critic_noises_every_sample_on_its_own():
@@ -310,7 +311,7 @@ def test_gan_critic_noises_every_sample_on_its_own():
     method.fake.features = lambda x_t, t, cond: (seen.extend((x_t, t)), features(x_t, t, cond))[1]  # type: ignore[method-assign]
     zero = torch.zeros(2, 1, dtype=torch.float64)
     cond, _ = teacher.encode(torch.arange(2))
-    method._tell(zero, Batch(torch.arange(2), zero, Rng(0, 0, 2, dtype=torch.float64)), cond)
+    method.gan.tell(zero, zero, cond, Rng(0, 0, 2, dtype=torch.float64))
     x_t, t = seen
     assert len(set(t.tolist())) == 4 and len(set(x_t.flatten().tolist())) == 4
 
@@ -321,12 +322,12 @@ def test_gan_generator_gradient(monkeypatch):
     method, z, eps, weights = linear_gan(monkeypatch, gan=weight_of_gan, matching=0.0)
     a, b = 1.375, -0.20625
     with torch.no_grad():
-        method.head.network.weight.fill_(a)
-        method.head.network.bias.fill_(b)
+        method.gan.head.network.weight.fill_(a)
+        method.gan.head.network.bias.fill_(b)
     x = (MU + TAU * z).requires_grad_()
     cond, uncond = method.teacher.encode(torch.zeros(len(z), dtype=torch.long))
     item = Batch(cond["class_labels"], None, GridRng([eps]))
-    method._generator_loss(x, item, cond, uncond).backward()
+    method.generator_loss(x, item, cond, uncond).backward()
     logit = a * (x.detach() + 0.5 * eps) + b
     torch.testing.assert_close(x.grad, -weight_of_gan * torch.sigmoid(-logit) * a * weights, atol=1e-14, rtol=1e-9)
 
@@ -365,10 +366,10 @@ def test_both_players_learn_from_the_same_samples(monkeypatch):
 
         monkeypatch.setattr(owner, name, wrapped)
 
-    spy(method, "_sample", "sample")
-    spy(method, "_generator_loss", "generator")
+    spy(method, "sample", "sample")
+    spy(method, "generator_loss", "generator")
     spy(method.fake, "loss", "fake")
-    spy(method, "_tell", "critic")
+    spy(method.gan, "tell", "critic")
     for player, loss in method.step(batch(teacher), 0):
         loss.backward()
         if player == "generator":
@@ -420,20 +421,20 @@ def test_generators_loss_leaves_the_critic_alone(options):
     teacher = dit()
     method = objective(teacher, **options)
     generator_turn(method, batch(teacher))
-    assert not any(has_gradient(method.fake)) and not any(has_gradient(method.head))
+    assert not any(has_gradient(method.fake)) and not any(has_gradient(method.gan.head))
     assert not any(has_gradient(teacher.denoiser))
     # the GAN's gradient does come through the fake denoiser to the student
     assert sum(float(p.grad.abs().sum()) for p in method.generator.parameters() if p.grad is not None) > 0
-    assert all(p.requires_grad for p in [*method.fake.parameters(), *method.head.parameters()])
+    assert all(p.requires_grad for p in [*method.fake.parameters(), *method.gan.head.parameters()])
 
 
 def test_the_leak_test_can_fail(monkeypatch):
     """Without `frozen` the same step does give the critic gradients: the test above would see them."""
-    monkeypatch.setattr(dmd2, "frozen", lambda *modules: contextlib.nullcontext())
+    monkeypatch.setattr(score, "frozen", lambda *modules: contextlib.nullcontext())
     teacher = dit()
     method = objective(teacher)
     generator_turn(method, batch(teacher))
-    assert any(has_gradient(method.fake)) and any(has_gradient(method.head))
+    assert any(has_gradient(method.fake)) and any(has_gradient(method.gan.head))
 
 
 @pytest.mark.parametrize("step", [0, 1])
@@ -445,7 +446,7 @@ def test_critics_loss_leaves_the_generator_alone(step):
             continue
         loss.backward()
     assert not any(has_gradient(method.generator)) and not any(has_gradient(teacher.denoiser))
-    assert any(has_gradient(method.fake)) and all(has_gradient(method.head))
+    assert any(has_gradient(method.fake)) and all(has_gradient(method.gan.head))
 
 
 def test_losses_are_weighted_as_configured():
@@ -476,7 +477,7 @@ def test_backward_simulation_moments(last):
     normals, weights = grid(2, 4)
     rng = GridRng(normals, shared=last)
     cond, _ = method.teacher.encode(torch.zeros(len(weights), dtype=torch.long))
-    x = method._sample(Batch(cond["class_labels"], None, rng), cond, grad=False)
+    x = method.sample(Batch(cond["class_labels"], None, rng), cond, grad=False)
     mean, variance = 0.0, 0.0
     for k in range(last + 1):
         alpha_bar = float(schedule.alphas_cumprod[CHAIN[k]])
@@ -500,7 +501,7 @@ def test_backward_simulation_learns_in_its_last_call_only(last):
     method.generator.denoiser.network.register_forward_hook(lambda m, a, out: calls.append(out[0].requires_grad))
     normals, weights = grid(2, 4)
     cond, _ = method.teacher.encode(torch.zeros(len(weights), dtype=torch.long))
-    x = method._sample(Batch(cond["class_labels"], None, GridRng(normals, shared=last)), cond, grad=True)
+    x = method.sample(Batch(cond["class_labels"], None, GridRng(normals, shared=last)), cond, grad=True)
     assert calls == [False] * last + [True]
     x.sum().backward()
     got = method.generator.denoiser.network.mean.grad
@@ -520,7 +521,7 @@ def test_backward_simulation_is_the_same_on_every_rank_and_free_of_real_images()
             seen.clear()
             conditions = torch.zeros(stop - start, dtype=torch.long)
             rng = Rng(0, step, 4, start, stop, dtype=torch.float64)
-            samples.append(method._sample(Batch(conditions, real, rng), {"class_labels": conditions}, grad=False))
+            samples.append(method.sample(Batch(conditions, real, rng), {"class_labels": conditions}, grad=False))
             lengths.append(len(seen))
         assert lengths[-3] == lengths[-2] == lengths[-1]
         torch.testing.assert_close(torch.cat(samples[1:]), samples[0], atol=1e-12, rtol=0)

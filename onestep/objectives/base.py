@@ -32,21 +32,23 @@ class Objective(ABC):
     Config: ClassVar[type[MethodConfig]]
     """Dataclass of the method's own options."""
 
-    def __init__(self, config: Any, teacher: Teacher, generator: Generator, guidance: float, folder: Path):
-        """`guidance` is the teacher's while distilling; `folder` is where caches may be kept."""
-        self.config, self.teacher, self.generator, self.guidance, self.folder = (
-            config,
-            teacher,
-            generator,
-            guidance,
-            folder,
-        )
+    def __init__(self, config: Any, teacher: Teacher, generator: Generator, guidance: float, folder: Path, run: Path):
+        """`guidance` is the teacher's while distilling. Caches that runs share are kept in `folder`, all else in `run`."""
+        self.config, self.teacher, self.generator, self.guidance = config, teacher, generator, guidance
+        self.folder, self.run = folder, run
         self.log: dict[str, Tensor] = {}
 
     @classmethod
     def uses_real(cls, config: Any) -> bool:
         """Whether a method with these options looks at real samples."""
         return False
+
+    settled: int = 0
+    """The first step from which on all players take their turns, and the target is the final one."""
+
+    def kept(self) -> Sequence[nn.Module]:
+        """Networks it holds in memory beside the teacher and the players."""
+        return ()
 
     @abstractmethod
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
