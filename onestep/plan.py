@@ -44,13 +44,13 @@ def _main(argv: Sequence[str]) -> int:
     from .teacher import facts_of
 
     method, facts = objective_class(first.method), facts_of(first.teacher)
-    given = _parser(method.Config, facts.train, first.method).parse_args(argv)
+    given = _parser(method.Config, facts.options(first.method), first.method).parse_args(argv)
     limit = None if given.device_memory is None else size_of(given.device_memory)
     processes = given.processes
     if processes < 1:
         raise ValueError(f"--processes is {processes}; allowed is 1 and more, for example --processes 8")
     flags = {k: v for k, v in flags_of(given).items() if k not in ("device_memory", "processes")}
-    config, options = resolve(method.Config, facts.train, first.recipe, flags, first.config or "the recipe")
+    config, options = resolve(method.Config, facts.options(first.method), first.recipe, flags, first.config or "the recipe")
     from .plan_search import Planner
 
     planner = Planner(config, options, processes)

@@ -140,7 +140,7 @@ def export_run(run: Path, folder: Path | None = None, dtype: str | None = None, 
         if not isinstance(recipe.get(key), str):
             raise ValueError(f"{source} names no {key}, so {run} is no run of onestep.train; name the folder of one")
     method_options = objective_class(recipe["method"]).Config
-    config, options = resolve(method_options, facts_of(recipe["teacher"]).train, recipe, {}, source)
+    config, options = resolve(method_options, facts_of(recipe["teacher"]).options(recipe["method"]), recipe, {}, source)
     checkpoint = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         raise ValueError(f"{run} holds no checkpoint yet; type {PROG} --config {shlex.quote(source)} first")

@@ -33,8 +33,10 @@ def _main(argv: Sequence[str]) -> int:
     from .teacher import facts_of
 
     cls, facts = objective_class(first.method), facts_of(first.teacher)
-    namespace = parser(cls.Config, facts.train, first.method).parse_args(argv)
-    config, options = resolve(cls.Config, facts.train, first.recipe, flags_of(namespace), first.config or "the recipe")
+    namespace = parser(cls.Config, facts.options(first.method), first.method).parse_args(argv)
+    config, options = resolve(
+        cls.Config, facts.options(first.method), first.recipe, flags_of(namespace), first.config or "the recipe"
+    )
     if namespace.dry_run:
         return _dry_run(config, options)
     from .run import finish, make_trainer

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import playing
 import pytest
 import torch
 from gaussian import TYPES, Affine, Calls, ClosedFormTeacher, Gaussian, GridRng, Mixture, denoiser, fixed_level, grid
+from playing import LEVELS, MU, TAU, M, S, batch, dit, has_gradient, linear_vp, play
 from safetensors.torch import load_file
 from tiny import dit_pipeline, edm_pipeline
 from torch import Tensor, nn
@@ -16,63 +18,20 @@ from onestep import discriminator
 from onestep.data import PairCache
 from onestep.denoiser import Denoiser
 from onestep.discriminator import Discriminator, as_map
-from onestep.generator import Generator, steps_from
 from onestep.objectives import score
 from onestep.objectives.base import Batch
-from onestep.objectives.dmd2 import DMD2, DMD2Config
+from onestep.objectives.dmd2 import DMD2
 from onestep.objectives.score import matching_loss
 from onestep.prediction import add_noise
 from onestep.rng import Rng
-from onestep.schedule import EDM, VP
+from onestep.schedule import EDM
 from onestep.teacher import DiTTeacher, EDMTeacher, Facts, Teacher
 
-LEVELS = ("ve", "vp", "flow")
-M, S, MU, TAU = 0.7, 0.9, -0.4, 0.6  # teacher N(M, S^2), student MU + TAU z
 NO_GAN = {"gan": 0.0, "gan_critic": 0.0}
 
 
-def linear_vp() -> VP:
-    return VP.from_betas(torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64))
-
-
-def objective(
-    teacher: Teacher,
-    folder: Path = Path("unused"),
-    guidance: float = 1.0,
-    times: Sequence[float] | None = None,
-    kind: type[DMD2] = DMD2,
-    **options: float,
-) -> DMD2:
-    times = steps_from(teacher.denoiser.schedule, 2.5, 1) if times is None else times
-    return kind(DMD2Config(**options), teacher, Generator(teacher.copy(), times), guidance, folder, folder)
-
-
-def dit() -> Teacher:
-    return DiTTeacher(dit_pipeline(), Facts("x"))
-
-
-def batch(teacher: Teacher, step: int = 0, size: int = 2, real: bool = True) -> Batch:
-    source = torch.Generator().manual_seed(100 + step)
-    images = torch.randn(size, *teacher.shape, generator=source) if real else None
-    return Batch(torch.arange(size) % 3, images, Rng(11, step, size))
-
-
-def play(method: DMD2, step: int, item: Batch) -> list[str]:
-    """One step as the trainer takes it: backward inside the loop; returns who was updated."""
-    order = []
-    for player, loss in method.step(item, step):
-        loss.backward()
-        order.append(player)
-    return order
-
-
-def has_gradient(module: nn.Module) -> list[bool]:
-    return [p.grad is not None for p in module.parameters()]
-
-
-def clear(*modules: nn.Module) -> None:
-    for module in modules:
-        module.zero_grad(set_to_none=True)
+def objective(teacher: Teacher, folder: Path = Path("unused"), kind: type[DMD2] = DMD2, **options: Any) -> DMD2:
+    return playing.objective(kind, teacher, folder, **options)
 
 
 # --- the matching loss

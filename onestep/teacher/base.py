@@ -38,7 +38,13 @@ class Facts:
     protocol: str | None = None
     """The protocol in `onestep.metrics` that scores it without further files."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Training options that differ from the method's own defaults."""
+    """Options of any method's training that differ from the method's own defaults."""
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """The same for one method alone, by its name."""
+
+    def options(self, method: str) -> dict[str, Any]:
+        """What a run of `method` is given before recipe and flags."""
+        return self.train | self.methods.get(method, {})
 
 
 @dataclass(frozen=True)

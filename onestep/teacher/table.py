@@ -21,9 +21,8 @@ TEACHERS: dict[str, Facts] = {
             "critic_lr": 3e-4,
             "warmup": 30,
             "ema": 0.98,
-            "ratio": 3,
-            "gan": 1e-2,
         },
+        methods={"dmd2": {"ratio": 3, "gan": 1e-2}},
     ),
     "digits": Facts(
         source=str(ASSETS / "digits"),
