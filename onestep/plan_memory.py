@@ -19,6 +19,7 @@ from .plan_teacher import Blank
 from .rng import Rng
 from .run import DTYPES, guidance_of
 from .teacher import Copies, Teacher
+from .teacher.text import TextTeacher
 from .trainer import bare, rows_of
 
 RUNTIME = {"cpu": 900_000_000, "accelerator": 800_000_000}
@@ -100,9 +101,12 @@ class Run:
     def _weights(self) -> dict[str, int]:
         network = self.teacher.denoiser.network
         names = {"teacher": network}
-        names |= {f"teacher's {n}": m for n, m in self.teacher.pipeline.components.items() if isinstance(m, nn.Module)}
+        away = () if self.config.device == "cpu" or not isinstance(self.teacher, TextTeacher) else self.teacher.encoders
+        parts = {n: m for n, m in self.teacher.pipeline.components.items() if n not in away}
+        names |= {f"teacher's {n}": m for n, m in parts.items() if isinstance(m, nn.Module)}
         for player, networks in self.members.items():
             names |= {f"{player} {type(each).__name__}": each for each in networks}
+        names |= {f"{type(each).__name__} kept by the method": each for each in self.objective.kept()}
         own = {id(t) for networks in self.members.values() for each in networks for t in each.parameters()}
         counted: set[int] = set()
         found = {}

@@ -111,6 +111,12 @@ def make_trainer(config: TrainConfig, options: Any, cache: Path | None = None) -
     with accelerator.main_process_first():  # one process fills the cache, the others find it
         guidance = guidance_of(config, teacher)
         objective = method(options, teacher, generator, guidance, cache or config.cache_folder, config.folder)
+    if config.iterations <= objective.settled:
+        raise ValueError(
+            f"iterations {config.iterations} end before backtracking reaches the teacher at step {objective.settled}; type "
+            f"more than that, for example --iterations {2 * objective.settled}, or a smaller --backtrack"
+        )
+    teacher.rest()  # its caches are written
     return Trainer(config, teacher, generator, objective, data, config.folder)
 
 

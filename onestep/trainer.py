@@ -244,8 +244,10 @@ class Trainer:
         student = self.averaged()
         by_student = self._pictures(lambda of: student(z[of], rows_in(cond, of), [each[of] for each in noises]), len(z))
         few = len(self.generator.times)
-        titles = (f"teacher, {self.config.grid_steps} steps", f"student, {few} step{'s' * (few > 1)}")
+        many = self.config.grid_steps
+        titles = (f"teacher, {many} step{'s' * (many > 1)}", f"student, {few} step{'s' * (few > 1)}")
         save_grid(path, by_teacher, by_student, titles, self.config.grid_columns)
+        self.teacher.rest()
 
     @cached_property
     @torch.no_grad()

@@ -26,7 +26,7 @@ from onestep.run import export_run, make_student
 from onestep.schedule import EDM
 from onestep.teacher import TEACHERS, EDMTeacher, facts_of, load_teacher
 from onestep.train import main
-from onestep.verify import own_pictures, plain_pipeline, stock_pictures
+from onestep.verify import own_x0, pictures_of, plain_pipeline, stock_pictures
 
 PLAIN = """
 import sys
@@ -161,7 +161,7 @@ def test_an_export_needs_diffusers_alone(name: str, runs: Path, tmp_path: Path) 
     assert (export / f"unet/{module}.py").read_text() == source_of(kind)
     assert "trust_remote_code=True" in (export / "README.md").read_text()
     classes = teacher.pipeline.unet.config.num_class_embeds or 0
-    want = own_pictures(generator, teacher, torch.float32, (0, 1, 2))
+    want = pictures_of(own_x0(generator, teacher, torch.float32, (0, 1, 2)), teacher)
     found = pictures(export, classes, tmp_path)
     assert want.std() > 0.05 and (found - want).abs().max() <= 1e-5
 

@@ -237,6 +237,21 @@ def test_a_failure_leaves_the_earlier_export(tmp_path: Path, monkeypatch: pytest
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and contents(tmp_path / "out") != before
 
 
+def test_a_decoder_that_magnifies_rounding_is_no_fault_of_the_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, teacher = CASES["epsilon"]()
+    with torch.no_grad():
+        teacher.pipeline.vae.decoder.conv_out.weight.mul_(300)
+    honest = verifying.stock_pictures
+    # float32's own rounding of x0, in the place of a large network's
+    monkeypatch.setattr(verifying, "stock_pictures", lambda *args: honest(*args) + 2e-5)
+    export(generator, teacher, tmp_path / "out", torch.float32, CARD)
+    monkeypatch.setattr(verifying, "stock_pictures", lambda *args: honest(*args) + 2e-3)
+    with pytest.raises(RuntimeError, match="deviates"):
+        export(generator, teacher, tmp_path / "other", torch.float32, CARD)
+
+
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:
     generator, teacher = CASES["edm 80"]()
     (tmp_path / "file").write_text("mine")

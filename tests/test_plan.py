@@ -260,3 +260,11 @@ def test_sdxl_is_as_large_as_published(tmp_path: Path) -> None:
     assert image.shape == (64, 64, 3) and bool((image == image).all())
     config, options = resolve(objective_class("dmd2").Config, {}, {}, {"teacher": str(tmp_path / "sdxl"), "batch_size": "1"})
     assert Run(config, options, Blank(config.teacher)).turns()["generator"].peak > 0
+
+
+def test_text_encoders_are_counted_where_they_stay(folder: Path) -> None:
+    def parts(device: str) -> set[str]:
+        config, options = options_of(folder, device=device)
+        return set(Run(config, options, Blank(config.teacher)).memory().weights)
+
+    assert parts("cpu") - parts("auto") == {"teacher's text_encoder", "teacher's text_encoder_2"}

@@ -270,3 +270,30 @@ def test_no_training_starts_on_a_wrong_prediction_type(
         main(["--teacher", str(wrong), "--data", "fashion", "--iterations", "1", "--output", str(tmp_path / "run")])
     assert caught.value.code == 2 and "predicts epsilon" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_encoders_and_vae_rest_beside_the_device_and_come_back_when_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they lie is told by what they were last moved to, as there is one device here."""
+    teacher = made("sdxl")
+    assert isinstance(teacher, TextTeacher)
+    pipeline, places = teacher.pipeline, {}
+
+    def follow(name: str, module: Any) -> None:
+        moved = module.to
+
+        def to(device: Any) -> Any:
+            places[name] = str(device)
+            return moved("cpu")
+
+        monkeypatch.setattr(module, "to", to)
+
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        follow(name, getattr(pipeline, name))
+    monkeypatch.setattr(Teacher, "device", torch.device("cpu", 0))  # called "cpu:0": the device that it trains on
+    teacher.rest()
+    assert places == {"text_encoder": "cpu", "text_encoder_2": "cpu", "vae": "cpu"}
+    teacher.use_texts(["a cat"])
+    assert places == {"text_encoder": "cpu:0", "text_encoder_2": "cpu:0", "vae": "cpu"}
+    teacher.rest()
+    x_0 = teacher.to_x0(torch.zeros(1, 3, teacher.resolution, teacher.resolution))
+    assert places["vae"] == str(x_0.device) and places["text_encoder"] == "cpu"

@@ -136,6 +136,10 @@ class Teacher(ABC):
         self.pipeline.to(device)
         return self
 
+    def rest(self) -> None:
+        """Move what training itself does not call to the host's memory; it comes back by itself when it is called."""
+        return None
+
     @property
     def remote_code(self) -> bool:
         """Whether diffusers lacks the network's class: an export then carries its code, and loads with trust_remote_code."""

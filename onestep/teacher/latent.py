@@ -51,14 +51,19 @@ class LatentTeacher(Teacher):
     def latent_units(self) -> dict[str, float | None]:
         return {"latent_scale": self.latent_scale, "latent_shift": self.latent_shift}
 
+    def rest(self) -> None:
+        self.pipeline.vae.to("cpu")
+
     @torch.no_grad()
     def to_x0(self, images: Tensor) -> Tensor:
-        with full_precision(self.pipeline.vae):
-            return (self._latents(self.pipeline.vae, images).float() - self.latent_shift) * self.latent_scale
+        vae = self.pipeline.vae.to(images.device)
+        with full_precision(vae):
+            return (self._latents(vae, images).float() - self.latent_shift) * self.latent_scale
 
     def _latents(self, vae: Any, images: Tensor) -> Tensor:
         return vae.encode(images).latent_dist.mode()
 
     def decode(self, x_0: Tensor) -> Tensor:
-        with full_precision(self.pipeline.vae):
-            return self.pipeline.vae.decode((x_0 / self.latent_scale + self.latent_shift).float()).sample
+        vae = self.pipeline.vae.to(x_0.device)
+        with full_precision(vae):
+            return vae.decode((x_0 / self.latent_scale + self.latent_shift).float()).sample

@@ -46,15 +46,26 @@ class TextTeacher(LatentTeacher):
     def _embed(self, prompts: list[str]) -> tuple[Cond, Cond]:
         """Rows of these prompts and of the null prompt, by the pipeline's own `encode_prompt`."""
 
+    def rest(self) -> None:
+        super().rest()
+        self._move_encoders("cpu")
+
+    def _move_encoders(self, device: torch.device | str) -> None:
+        for encoder in (getattr(self.pipeline, name) for name in self.encoders):
+            if encoder is not None:
+                encoder.to(device)
+
     @torch.no_grad()
     def embed(self, prompts: list[str]) -> Cond:
         """Embeddings of prompts, one row each, on the CPU."""
+        self._move_encoders(self.device)
         with full_precision(getattr(self.pipeline, self.encoders[0])):
             return {key: value.cpu() for key, value in self._embed(prompts)[0].items()}
 
     @torch.no_grad()
     def embed_null(self) -> Cond:
         """The one row that stands for no prompt in guidance, on the CPU."""
+        self._move_encoders(self.device)
         with full_precision(getattr(self.pipeline, self.encoders[0])):
             return {key: value[:1].cpu() for key, value in self._embed([""])[1].items()}
 
