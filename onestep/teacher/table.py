@@ -16,13 +16,14 @@ TEACHERS: dict[str, Facts] = {
         train={
             "data": "fashion",
             "init_rho": 2.5,
-            "iterations": 1200,
+            "iterations": 2200,
+            "batch_size": 16,
             "lr": 1e-4,
             "critic_lr": 3e-4,
             "warmup": 30,
-            "ema": 0.98,
+            "ema": 0.995,
         },
-        methods={"dmd2": {"ratio": 3, "gan": 1e-2}},
+        methods={"dmd2": {"ratio": 1, "gan": 0.2, "gan_critic": 0.2, "t_max": 0.35}},
     ),
     "digits": Facts(
         source=str(ASSETS / "digits"),
