@@ -86,21 +86,35 @@ class Denoiser(nn.Module):
         The bare network is called, also where `network` is a distributed wrapper: gradients reach the same parameters,
         and the wrapper's own bookkeeping belongs to whole forwards.
         """
-        found: list[Tensor] = []
-
-        def keep(module: nn.Module, args: Any, result: Any) -> None:
-            found.append(result[self._tap_output] if isinstance(result, tuple) else result)
-            if len(found) == len(self._taps):
-                raise Stop
-
-        with ExitStack() as hooks:
-            for tap in self._taps:
-                hooks.enter_context(body(self.network).get_submodule(tap).register_forward_hook(keep))
+        with self._tapped(stop=True) as found:
             try:
                 self.output(x_t, t, cond, network=unwrap(self.network))
             except Stop:
                 return found
         raise AssertionError("the network ended before every tap was reached")
+
+    def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
+        """(x0, outputs of the tapped submodules) from one whole pass of the bare network."""
+        alpha_t, sigma_t = self.schedule(t, x_t)
+        with self._tapped(stop=False) as found:
+            output = self.output(x_t, t, cond, network=unwrap(self.network))
+        assert len(found) == len(self._taps), "the network ended before every tap was reached"
+        return self.prediction.to_x0(output, x_t, alpha_t, sigma_t), found
+
+    @contextmanager
+    def _tapped(self, stop: bool) -> Iterator[list[Tensor]]:
+        """A list that the taps' outputs are put into; `stop` ends the pass by Stop once it is complete."""
+        found: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, result: Any) -> None:
+            found.append(result[self._tap_output] if isinstance(result, tuple) else result)
+            if stop and len(found) == len(self._taps):
+                raise Stop
+
+        with ExitStack() as hooks:
+            for tap in self._taps:
+                hooks.enter_context(body(self.network).get_submodule(tap).register_forward_hook(keep))
+            yield found
 
 
 class Stop(Exception):

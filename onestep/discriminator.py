@@ -1,7 +1,8 @@
 """The GAN critic: small convolutional heads on features of a denoiser, and the losses on them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -57,28 +58,60 @@ class Discriminator(nn.Module):
         return self.network(features)
 
 
-class GAN:
-    """D(x_t) = heads on the features of `denoiser`, non-saturating; each sample has a noise level of its own."""
+@dataclass(frozen=True)
+class Adversary:
+    """The losses of a logit D, elementwise."""
 
-    def __init__(self, denoiser: Denoiser, head: Discriminator, t_max: float = 1.0):
-        """`t_max` is the most noise, as a fraction of the schedule."""
-        self.denoiser, self.head, self.t_max = denoiser, head, t_max
+    fool: Callable[[Tensor], Tensor]
+    """The generator's, on its samples."""
+    fake: Callable[[Tensor], Tensor]
+    """The critic's, on the generator's samples."""
+    real: Callable[[Tensor], Tensor]
+    """The critic's, on real samples."""
+
+
+ADVERSARIES = {
+    # non-saturating: Goodfellow et al. 2014, section 3; the best D is log(p_real / p_fake)
+    "softplus": Adversary(lambda d: F.softplus(-d), lambda d: F.softplus(d), lambda d: F.softplus(-d)),
+    # Lim & Ye 2017; what lies beyond the margin of 1 teaches the critic nothing
+    "hinge": Adversary(lambda d: -d, lambda d: F.relu(1 + d), lambda d: F.relu(1 - d)),
+}
+
+
+class GAN:
+    """D(x_t) = heads on the features of `denoiser`; each sample has a noise level of its own."""
+
+    def __init__(self, denoiser: Denoiser, head: Discriminator, t_max: float = 1.0, adversary: str = "softplus"):
+        """`t_max` is the most noise, as a fraction of the schedule; `adversary` one of ADVERSARIES."""
+        self.denoiser, self.head, self.t_max, self.adversary = denoiser, head, t_max, ADVERSARIES[adversary]
+
+    def levels(self, rng: Rng) -> Tensor:
+        """The noise levels as fractions of the schedule, shape (B,)."""
+        return rng.uniform(0.0, self.t_max)
 
     def fool(self, x: Tensor, cond: Cond, rng: Rng) -> Tensor:
-        """The generator's loss, mean softplus(-D(x_t)) (Goodfellow et al. 2014, section 3)."""
-        return F.softplus(-self._logits(x, cond, rng.uniform(0.0, self.t_max), rng.normal(x.shape[1:]))).mean()
+        """The generator's loss, mean over batch and heads; by default softplus(-D(x_t))."""
+        return self.adversary.fool(self.head(self._features(x, cond, self.levels(rng), rng.normal(x.shape[1:])))).mean()
 
     def tell(self, x: Tensor, real: Tensor, cond: Cond, rng: Rng) -> Tensor:
-        """The critic's loss, mean softplus(D(x_t)) + mean softplus(-D(real_t)), from one pass over both halves."""
-        u = torch.cat([rng.uniform(0.0, self.t_max), rng.uniform(0.0, self.t_max)])
-        noise = torch.cat([rng.normal(x.shape[1:]), rng.normal(x.shape[1:])])
-        by_x, by_real = self._logits(torch.cat([x, real]), stack(cond, cond), u, noise).chunk(2)
-        return F.softplus(by_x).mean() + F.softplus(-by_real).mean()
+        """The critic's loss from one pass over both halves; by default mean softplus(D(x_t)) + mean softplus(-D(real_t))."""
+        return self.told(self.head(self.both(x, real, cond, rng)))
 
-    def _logits(self, x: Tensor, cond: Cond, u: Tensor, noise: Tensor) -> Tensor:
+    def both(self, x: Tensor, real: Tensor, cond: Cond, rng: Rng) -> list[Tensor]:
+        """Features of x_t and of real_t, one after the other in the batch."""
+        u = torch.cat([self.levels(rng), self.levels(rng)])
+        noise = torch.cat([rng.normal(x.shape[1:]), rng.normal(x.shape[1:])])
+        return self._features(torch.cat([x, real]), stack(cond, cond), u, noise)
+
+    def told(self, logits: Tensor) -> Tensor:
+        """The critic's loss from the logits of both halves."""
+        by_x, by_real = logits.chunk(2)
+        return self.adversary.fake(by_x).mean() + self.adversary.real(by_real).mean()
+
+    def _features(self, x: Tensor, cond: Cond, u: Tensor, noise: Tensor) -> list[Tensor]:
         schedule = self.denoiser.schedule
         t = schedule.at(u)
-        return self.head(self.denoiser.features(add_noise(schedule, x, noise, t), t, cond))
+        return self.denoiser.features(add_noise(schedule, x, noise, t), t, cond)
 
 
 def heads_on(denoiser: Denoiser, shape: Sequence[int], t: Tensor, cond: Cond) -> Discriminator:

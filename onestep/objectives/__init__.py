@@ -7,7 +7,20 @@ from .base import Batch, Objective
 
 OBJECTIVES: dict[str, str] = {
     "dmd2": "onestep.objectives.dmd2:DMD2",
+    "dmd": "onestep.objectives.dmd:DMD",
+    "diff-instruct": "onestep.objectives.diff_instruct:DiffInstruct",
+    "f-distill": "onestep.objectives.f_distill:FDistill",
+    "sid": "onestep.objectives.sid:SiD",
+    "sim": "onestep.objectives.sim:SIM",
+    "disback": "onestep.objectives.disback:DisBack",
+    "swiftbrush": "onestep.objectives.swiftbrush:SwiftBrush",
+    "snoopi": "onestep.objectives.snoopi:Snoopi",
+    "ladd": "onestep.objectives.ladd:LADD",
+    "sfd": "onestep.objectives.sfd:SFD",
     "regression": "onestep.objectives.regression:Regression",
+    "vsd": "onestep.objectives.vsd:VSD",
+    "sds": "onestep.objectives.sds:SDS",
+    "asd": "onestep.objectives.sds:ASD",
 }
 
 __all__ = ["OBJECTIVES", "Batch", "Objective", "objective_class"]

@@ -5,12 +5,15 @@ nodes lead from the teacher's distribution to the generator's. Then the generato
 teacher itself. As the recorded network is the critic, the critic starts the second stage as the last node.
 """
 
+import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from ..denoiser import Denoiser, unwrap
 from ..files import fsync
@@ -27,7 +30,7 @@ class Backtrack:
     def __init__(self, run: Path, teacher: Teacher, record: int, nodes: int, steps: int):
         if record and nodes > record:
             raise ValueError(
-                f"backtrack_nodes {nodes} is more than the {record} steps of --backtrack; type a smaller number"
+                f"backtrack_nodes {nodes} is more than the {record} steps of --backtrack; type a smaller --backtrack-nodes"
             )
         self.folder, self.record, self.nodes, self.steps = run / "backtrack", record, nodes, steps
         self.settled = record + (nodes - 1) * steps if record else 0
@@ -75,16 +78,36 @@ class Backtrack:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({k: v.detach().contiguous() for k, v in unwrap(critic.network).state_dict().items()}, scratch)
+        tensors = {k: v.detach().contiguous() for k, v in unwrap(critic.network).state_dict().items()}
+        save_file(tensors, scratch, {"sha256": _digest(tensors)})
         fsync(scratch)
         scratch.replace(path)
+        fsync(path.parent)  # a checkpoint of a later step must not outlive it
 
     def _load(self, index: int) -> None:
         assert self._copy is not None
         try:
-            self._copy.network.load_state_dict(load_file(self.path(index)), strict=True)
+            self._copy.network.load_state_dict(_read(self.path(index)), strict=True)
         except (OSError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ValueError(
                 f"the recorded teacher {self.path(index)} cannot be used: {reason}. Start over with --restart"
             ) from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """A node's tensors. Raises OSError, SafetensorError or RuntimeError where they are not those that were written."""
+    with safe_open(path, "pt") as file:
+        written = (file.metadata() or {}).get("sha256")
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    if _digest(tensors) != written:
+        raise RuntimeError("it has changed since it was written")
+    return tensors
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()

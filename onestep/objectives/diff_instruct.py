@@ -1,0 +1,83 @@
+"""Diff-Instruct: A Universal Approach for Transferring Knowledge From Pre-trained Diffusion Models (Luo et al. 2023).
+
+arXiv 2305.18455.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..config import option
+from ..denoiser import Cond
+from ..prediction import add_noise
+from ..rng import Rng
+from ..schedule import Schedule
+from .base import Batch
+from .score import Alternating, ScoreConfig, matching_loss
+
+
+@dataclass
+class DiffInstructConfig(ScoreConfig):
+    """Options of Diff-Instruct. `t_min` and `t_max` bound the generator's noise levels under both laws."""
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta2": 0.999}
+
+    noise: str = option("uniform", "law of the noise levels of both losses", choices=("uniform", "log-normal"))
+    noise_mean: float = option(-1.2, "mean of ln(sigma/alpha), if log-normal")
+    noise_std: float = option(1.2, "standard deviation of ln(sigma/alpha), if log-normal", above=0.0)
+
+
+class DiffInstruct(Alternating):
+    """The integral of KL divergences over noise levels, with weight 1 in x0 units and no normaliser."""
+
+    Config = DiffInstructConfig
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        c = self.config
+        log_normal = c.noise == "log-normal"
+        self.law = LogNormal(self.schedule, c.noise_mean, c.noise_std, self.teacher.device) if log_normal else None
+
+    def generator_loss(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
+        """The loss with gradient (fake - real) / numel in x: sigma_t^2 / alpha_t^2 times that of KL(p_t || q_t)."""
+        fake, real = self.estimates(x, batch, cond, uncond)
+        loss = matching_loss(x, fake, real, 1.0)
+        self.log["matching"] = loss.detach()
+        return loss
+
+    def noised(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.law is None:
+            return super().noised(x, batch)
+        t = self.schedule.at(self.law(batch.rng).clamp(self.config.t_min, self.config.t_max))
+        return add_noise(self.schedule, x, batch.rng.normal(x.shape[1:]), t), t
+
+    def denoising(self, x: Tensor, batch: Batch, cond: Cond) -> Tensor:
+        t = None if self.law is None else self.schedule.at(self.law(batch.rng))
+        loss = self.fake.loss(x, cond, batch.rng, t)
+        self.log["denoising"] = loss.detach()
+        return loss
+
+
+class LogNormal:
+    """Fractions u of a schedule at which ln(sigma/alpha) ~ N(mean, std^2); levels out of reach become the nearest there is.
+
+    EDM's law of sigma (Karras et al. 2022, table 1). On a rectified flow sigma/alpha is t / (1 - t), so that the very same
+    law is t's logit-normal one (Esser et al. 2024, eq. 19).
+    """
+
+    def __init__(self, schedule: Schedule, mean: float, std: float, device: torch.device | str, nodes: int = 4096):
+        """The schedule is inverted by linear interpolation between `nodes` fractions."""
+        u = torch.arange(1, nodes + 1, dtype=torch.float64) / nodes
+        alpha, sigma = schedule.coefficients(schedule.at(u))
+        self.u, self.log_rho = u.float().to(device), (sigma / alpha).log().float().to(device)
+        self.mean, self.std = mean, std
+
+    def __call__(self, rng: Rng) -> Tensor:
+        wanted = self.mean + self.std * rng.normal(()).to(self.log_rho.dtype)
+        above = torch.searchsorted(self.log_rho, wanted).clamp(1, len(self.u) - 1)
+        low, high = self.log_rho[above - 1], self.log_rho[above]
+        part = ((wanted - low) / (high - low)).nan_to_num(0.0).clamp(0, 1)  # 0/0 where two nodes have the same level
+        return self.u[above - 1] + part * (self.u[above] - self.u[above - 1])
