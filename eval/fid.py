@@ -1,6 +1,7 @@
 """Score an exported folder, or a folder of images, and append the result as one line of JSON.
 
 python eval/fid.py EXPORT                              the embedded protocol (FD and class accuracy)
+python eval/fid.py EXPORT --precision-recall           the same with precision, recall, density and coverage
 python eval/fid.py EXPORT --reference FOLDER_OR_NPZ    FID through clean-fid
 """
 
@@ -28,6 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("export", help="a diffusers folder; with --reference also a folder of images")
     parser.add_argument("--protocol", help="default fashion-10k")
+    parser.add_argument("--precision-recall", action="store_true", help="precision, recall, density and coverage as well")
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--guidance", type=float, default=1.0, help="uncond + guidance * (cond - uncond); 1 is none")
     parser.add_argument("--count", type=int, help="images; default the protocol's, 50000 with --reference")
@@ -97,6 +99,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.reference is not None:
         if args.protocol is not None:
             raise ValueError("--protocol and --reference exclude each other: leave one out")
+        if args.precision_recall:
+            raise ValueError("--precision-recall compares with the images of a protocol: leave --reference out")
         return inception_row(args, device)
     if args.trust_remote_code:
         raise ValueError("--trust-remote-code needs --reference: the embedded protocol scores stock exports alone")
@@ -108,6 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         batch_size=args.batch_size,
         count=args.count,
         device=device,
+        precision_recall=args.precision_recall,
     )
 
 

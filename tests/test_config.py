@@ -265,7 +265,7 @@ def test_every_recipe_resolves_and_names_what_is_in_it(path: Path):
 
     given = load_recipe(path)
     name, teacher = given.get("method", "dmd2"), given.get("teacher", "fashion")
-    assert path.stem.startswith(f"{name}_{teacher}")
+    assert path.stem.startswith(f"{name.replace('-', '_')}_{teacher}")
     options = resolve(objective_class(name).Config, facts_of(teacher).options(name), given, {}, path.name)
     resolved = flat(*options)
     assert {key: type(resolved[key])(value) for key, value in given.items()} == {key: resolved[key] for key in given}

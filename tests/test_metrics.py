@@ -294,7 +294,7 @@ def test_evaluate_refuses_before_sampling(export, assets, tmp_path):
 
 def test_protocol_names():
     assert protocol_of("fashion-10k").metric == "FD"
-    with pytest.raises(ValueError, match=r"allowed are fashion-10k$"):
+    with pytest.raises(ValueError, match=r"allowed are fashion-10k, digits-1797$"):
         protocol_of("zzz")
 
 

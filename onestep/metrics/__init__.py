@@ -1,6 +1,6 @@
-"""Scores of exported folders: Fréchet distances, class accuracy, and FID through clean-fid.
+"""Scores of exported folders: Fréchet distances, class accuracy, precision and recall, and FID through clean-fid.
 
-The function `onestep.metrics.render.render` is not repeated here: it would hide the module of its name.
+The functions `render.render` and `manifold.manifold` are not repeated here: they would hide the modules of their names.
 """
 
 from .classifier import Classifier

@@ -7,14 +7,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..files import sha256_of
 from .frechet import Moments, frechet_distance
+from .manifold import COVERAGE_K, PRECISION_K, manifold
+from .nearest import NearestPicture
 from .provenance import generation, provenance
 from .render import family_of, load_pipeline, render
-from .score import load_classifier, score
+from .score import Extractor, features_of, load_classifier, score
 
 ASSETS = Path(__file__).parent.parent / "assets"
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What a protocol measures with, and the hashes of the files it came from."""
+
+    network: Extractor
+    real: Moments
+    extractor_sha256: str
+    reference_sha256: str
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,42 @@ class Protocol:
     assets: str
     """Folder under onestep/assets with classifier.safetensors and reference.safetensors."""
     first_seed: int = 0
+    real: str = ""
+    """The embedded data whose images precision, recall, density and coverage compare with."""
+
+    def details(self) -> dict[str, Any]:
+        """What a row says of it; `real` is said where it was used, see `comparison`."""
+        return {key: value for key, value in asdict(self).items() if key != "real"}
+
+    def instruments(self, classifier: Path | None, reference: Path | None, device: torch.device | str) -> Instruments:
+        """Its own files, or these in their place. Raises ValueError for files that are missing or do not fit."""
+        classifier = classifier or ASSETS / self.assets / "classifier.safetensors"
+        reference = reference or ASSETS / self.assets / "reference.safetensors"
+        network, real = load_classifier(classifier, self, device), Moments.load(reference)
+        if real.dimensions != self.dimensions:
+            raise ValueError(f"{reference} has {real.dimensions} dimensions, and {self.name} {self.dimensions}")
+        return Instruments(network, real, sha256_of(classifier), sha256_of(reference))
+
+
+@dataclass(frozen=True)
+class PixelProtocol(Protocol):
+    """One whose features are pixel intensities, 0 to `levels`, and whose classifier is the nearest real image.
+
+    `assets` is the folder of the real images and their labels.
+    """
+
+    levels: int = 255
+
+    def instruments(self, classifier: Path | None, reference: Path | None, device: torch.device | str) -> Instruments:
+        """Made from the embedded images. Raises ValueError for files to be used in their place: there can be none."""
+        if classifier or reference:
+            raise ValueError(f"{self.name} measures pixels: leave classifier and reference out")
+        images, labels = _embedded(self.real)
+        network = NearestPicture(images, labels, self.classes, self.levels).to(device)
+        real = Moments(self.dimensions)
+        real.update(network.known)
+        folder = ASSETS / self.assets
+        return Instruments(network, real, sha256_of(folder / "labels.json"), sha256_of(folder / "images.webp"))
 
 
 PROTOCOLS: dict[str, Protocol] = {
@@ -50,6 +99,21 @@ PROTOCOLS: dict[str, Protocol] = {
         extractor="onestep.metrics.classifier.Classifier, 128 penultimate features",
         dimensions=128,
         assets="fashion_eval",
+        real="fashion",
+    ),
+    "digits-1797": PixelProtocol(
+        name="digits-1797",
+        metric="FD",
+        dataset="the digits of scikit-learn, all 1,797 images of 8x8",
+        count=1797,
+        classes=10,
+        shape=(1, 8, 8),
+        resize="none; quantised to 8 bits, then scaled to [0, 16]",
+        extractor="the 64 pixels; the class is that of the nearest real image",
+        dimensions=64,
+        assets="digits_data",
+        real="digits",
+        levels=16,
     ),
 }
 
@@ -63,17 +127,42 @@ def protocol_of(name: str) -> Protocol:
     return PROTOCOLS[name]
 
 
+def _embedded(name: str) -> tuple[Tensor, Tensor]:
+    """Images in [-1, 1] and labels of the embedded data of that name."""
+    from ..data import images  # which knows teachers and with them most of diffusers: only where it is needed
+
+    return images.load_embedded(name)
+
+
 def _checked_count(count: int | None, protocol: Protocol) -> int:
     count = protocol.count if count is None else count
     if not 2 <= count <= protocol.count:
         raise ValueError(f"--count {count} is not allowed; {protocol.name} takes 2 to {protocol.count}: leave it out")
-    if count < 2048:
+    if count < (enough := min(2048, protocol.count)):
         warnings.warn(
             f"a distance from {count} images is biased upwards and noisy: compare it only with the same count, and use "
-            "2048 images or more",
+            f"{enough} images or more",
             stacklevel=3,
         )
     return count
+
+
+class Comparison:
+    """The real images that a protocol compares generated ones with, and the features of the latter as they come."""
+
+    def __init__(self, protocol: Protocol, network: Extractor):
+        images, _ = _embedded(protocol.real)
+        self.real = torch.cat([features_of(part / 2 + 0.5, network).cpu() for part in images.split(500)])
+        self.fake: list[Tensor] = []
+        self.details = {
+            "precision_recall_k": PRECISION_K,
+            "density_coverage_k": COVERAGE_K,
+            "real": f"the {len(images)} images of onestep/assets/{protocol.real}_data",
+            "real_sha256": sha256_of(ASSETS / f"{protocol.real}_data" / "images.webp"),
+        }
+
+    def scores(self) -> dict[str, float]:
+        return asdict(manifold(self.real, torch.cat(self.fake)))
 
 
 def evaluate(
@@ -87,20 +176,18 @@ def evaluate(
     device: torch.device | str = "cpu",
     classifier: str | Path | None = None,
     reference: str | Path | None = None,
+    precision_recall: bool = False,
 ) -> dict[str, Any]:
     """Score an exported folder; the JSON-able row holds the metrics and all that they depend on.
 
-    With fewer images than the protocol's the distance is called FD_proxy: it is another number, its bias being larger.
-    `classifier` and `reference` replace the protocol's own files, which the row's hashes tell.
+    With fewer images than the protocol's the distance is called FD_proxy: it is another number, its bias being larger;
+    and so are the names of precision, recall, density and coverage, which the row has where `precision_recall` asks for
+    them. `classifier` and `reference` replace the protocol's own files, which the row's hashes tell.
     Raises ValueError for an unknown protocol, an export that does not fit it and files missing or damaged.
     """
     protocol = protocol if isinstance(protocol, Protocol) else protocol_of(protocol)
     count = _checked_count(count, protocol)
-    classifier = Path(classifier or ASSETS / protocol.assets / "classifier.safetensors")
-    reference = Path(reference or ASSETS / protocol.assets / "reference.safetensors")
-    network, real = load_classifier(classifier, protocol, device), Moments.load(reference)
-    if real.dimensions != protocol.dimensions:
-        raise ValueError(f"{reference} has {real.dimensions} dimensions, and {protocol.name} {protocol.dimensions}")
+    tools = protocol.instruments(Path(classifier) if classifier else None, Path(reference) if reference else None, device)
     pipe = load_pipeline(folder, device)
     classes = family_of(pipe).classes(pipe)
     if classes is not None and classes < protocol.classes:
@@ -108,14 +195,19 @@ def evaluate(
     conditions = [i % protocol.classes for i in range(count)]
     seeds = list(range(protocol.first_seed, protocol.first_seed + count))
     made = generation(pipe, folder, count, protocol.first_seed, steps, guidance)
-    fake, accuracy = score(render(pipe, conditions, seeds, steps, guidance, batch_size), conditions, network, protocol)
+    images = render(pipe, conditions, seeds, steps, guidance, batch_size)
+    compared = Comparison(protocol, tools.network) if precision_recall else None
+    kept = compared.fake if compared else None
+    fake, accuracy = score(images, conditions, tools.network, protocol, kept)
+    proxy = "" if count == protocol.count else "_proxy"
     return {
-        "protocol": asdict(protocol),
-        protocol.metric + ("" if count == protocol.count else "_proxy"): frechet_distance(fake, real),
+        "protocol": protocol.details() | ({"manifold": compared.details} if compared else {}),
+        protocol.metric + proxy: frechet_distance(fake, tools.real),
         "class_accuracy": accuracy,
+        **({name + proxy: value for name, value in compared.scores().items()} if compared else {}),
         **made,
-        "extractor_sha256": sha256_of(classifier),
-        "reference_sha256": sha256_of(reference),
-        "reference_count": real.count,
+        "extractor_sha256": tools.extractor_sha256,
+        "reference_sha256": tools.reference_sha256,
+        "reference_count": tools.real.count,
         **provenance(device),
     }
