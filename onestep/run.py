@@ -125,7 +125,7 @@ def card_of(config: TrainConfig, options: Any, teacher: Teacher) -> Card:
     return Card(
         method=config.method,
         teacher=config.teacher,
-        guidance=guidance_of(config, teacher),
+        guidance=objective_class(config.method).ends_at(options, guidance_of(config, teacher)),
         licence=teacher.facts.licence,
         config=flat(config, options),
         score=None,

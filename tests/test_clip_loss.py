@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import open_clip
 import playing
 import pytest
 import torch
@@ -16,7 +17,6 @@ from onestep.objectives.swiftbrush import SwiftBrush
 from onestep.teacher import Facts
 from onestep.teacher.stable_diffusion import SDTeacher
 
-open_clip = pytest.importorskip("open_clip")
 PROMPTS = ["a red bicycle", "a bowl of lemons"]
 
 

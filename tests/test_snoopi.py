@@ -416,3 +416,17 @@ def test_a_run_from_the_command_line(tmp_path: Path):
     argv = [*TINY, "--method", "snoopi", "--teacher", str(tmp_path / "teacher"), "--rank", "4", "--iterations", "3"]
     assert main([*argv, "--output", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run/export/model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "kind, options, end",
+    [
+        (SwiftBrush, {}, 1.0),
+        (SwiftBrush, {"guidance_on": "teacher"}, 3.0),
+        (Snoopi, {}, 1.0),
+        (Snoopi, {"guidance_on": "teacher", "kappa_min": 1.0, "kappa_max": 4.0}, 2.5),
+    ],
+)
+def test_cards_and_grids_name_the_guidance_that_the_student_ends_at(kind, options, end):
+    assert kind.ends_at(kind.Config(**options), 3.0) == end
+    assert playing.objective(kind, dit(), guidance=3.0, **options).guidance == end

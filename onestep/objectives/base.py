@@ -43,6 +43,11 @@ class Objective(ABC):
         """Whether a method with these options looks at real samples."""
         return False
 
+    @classmethod
+    def ends_at(cls, config: Any, guidance: float) -> float:
+        """Guidance of the teacher that the student ends at, with these options and `guidance` asked for."""
+        return guidance
+
     settled: int = 0
     """The first step from which on all players take their turns, and the target is the final one."""
 

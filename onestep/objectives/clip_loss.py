@@ -60,5 +60,5 @@ def clip_on(teacher: Teacher, name: str, weights: str, tau: float) -> ClampedCLI
     except Exception as error:
         raise ValueError(
             f"the CLIP model {name} with weights {weights} cannot be had: {' '.join(str(error).split())}. Type pip install "
-            "open_clip_torch; weights are downloaded on first use. Or leave --clip out"
+            "'onestep-diffusion[clip]'; weights are downloaded on first use. Or leave --clip out"
         ) from error

@@ -34,5 +34,9 @@ class Snoopi(SwiftBrush):
 
     Config = SnoopiConfig
 
+    @classmethod
+    def ends_at(cls, config: SnoopiConfig, guidance: float) -> float:
+        return super().ends_at(config, (config.kappa_min + config.kappa_max) / 2)
+
     def span(self) -> tuple[float, float]:
         return self.config.kappa_min, self.config.kappa_max

@@ -54,9 +54,13 @@ class SwiftBrush(VSD):
         if null is None:
             raise ValueError("this teacher has no unconditional branch, which this method guides with; type --method vsd")
         self.null, self.kappas, self.on_critic = null, self.span(), c.guidance_on == "both"
-        self.guidance = 1.0 if self.on_critic else sum(self.kappas) / 2  # of the fixed point: grids show that teacher
+        self.guidance = self.ends_at(c, self.guidance)  # grids show that teacher
         self.clip = clip_on(self.teacher, c.clip_model, c.clip_weights, c.clip_tau) if c.clip else None
         self.clip_weight = c.clip
+
+    @classmethod
+    def ends_at(cls, config: Any, guidance: float) -> float:
+        return 1.0 if config.guidance_on == "both" else guidance
 
     def span(self) -> tuple[float, float]:
         """The least and the largest kappa."""

@@ -1,11 +1,17 @@
 """The teachers that are known by a short name."""
 
 from pathlib import Path
+from typing import Any
 
 from .base import Facts
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EDM_NETWORKS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
+SWIFTBRUSH: dict[str, dict[str, Any]] = {
+    "swiftbrush": {"lr": 1e-6, "critic_lr": 1e-3, "guidance": 4.5},
+    "snoopi": {"lr": 1e-6, "critic_lr": 1e-3, "guidance": 1.0},
+}
+"""The published settings, which are for these teachers."""
 
 TEACHERS: dict[str, Facts] = {
     "fashion": Facts(
@@ -40,6 +46,7 @@ TEACHERS: dict[str, Facts] = {
         latent_scale=0.18215,
         latent_shift=0.0,
         train={"guidance": 1.75, "lr": 1e-5, "critic_lr": 1e-5},
+        methods=SWIFTBRUSH,
     ),
     "sd21": Facts(
         source="stabilityai/stable-diffusion-2-1",
@@ -50,6 +57,7 @@ TEACHERS: dict[str, Facts] = {
         latent_scale=0.18215,
         latent_shift=0.0,
         train={"guidance": 1.75, "lr": 1e-5, "critic_lr": 1e-5},
+        methods=SWIFTBRUSH,
     ),
     "sdxl": Facts(
         source="stabilityai/stable-diffusion-xl-base-1.0",
