@@ -54,9 +54,13 @@ class LatentTeacher(Teacher):
     def rest(self) -> None:
         self.pipeline.vae.to("cpu")
 
+    def _vae_on(self, device: torch.device) -> Any:
+        vae = self.pipeline.vae
+        return vae if vae.device == device else vae.to(device)
+
     @torch.no_grad()
     def to_x0(self, images: Tensor) -> Tensor:
-        vae = self.pipeline.vae.to(images.device)
+        vae = self._vae_on(images.device)
         with full_precision(vae):
             return (self._latents(vae, images).float() - self.latent_shift) * self.latent_scale
 
@@ -64,6 +68,6 @@ class LatentTeacher(Teacher):
         return vae.encode(images).latent_dist.mode()
 
     def decode(self, x_0: Tensor) -> Tensor:
-        vae = self.pipeline.vae.to(x_0.device)
+        vae = self._vae_on(x_0.device)
         with full_precision(vae):
             return vae.decode((x_0 / self.latent_scale + self.latent_shift).float()).sample
