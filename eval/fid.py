@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -124,7 +125,11 @@ def table(row: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    return score(parse(argv), run)
+
+
+def score(args: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any]]) -> int:
+    """Print the row that `run` makes and append it to args.output; bad input is one line on stderr and exit code 2."""
     try:
         row = run(args)
     except ValueError as error:

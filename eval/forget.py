@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fid import Parser, append, check_output, device_of, table
+from fid import Parser, check_output, device_of, score
 
 from onestep.metrics import protocol_of
 from onestep.metrics.forgetting import evaluate_forgetting
@@ -47,15 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        row = run(args)
-    except ValueError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(table(row))
-    append(row, args.output)
-    return 0
+    return score(parse(argv), run)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,20 @@ class Denoiser(nn.Module):
             yield found
 
 
+def guided(
+    denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond | None, guidance: Tensor | float | None
+) -> Tensor:
+    """x0_uncond + guidance (x0_cond - x0_uncond), one pass over the doubled batch; None is no guidance and half the pass.
+
+    As a tensor of shape (B, 1, ...) every sample has its own guidance.
+    """
+    if guidance is None:
+        return denoiser(x_t, t, cond)
+    assert uncond is not None
+    x_cond, x_uncond = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), stack(cond, uncond)).chunk(2)
+    return x_uncond + guidance * (x_cond - x_uncond)
+
+
 class Stop(Exception):
     """Ends a forward pass once its features are known."""
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .rng import Rng
+
 
 class Schedule(ABC):
     """What the rest of the library may know of a noise schedule."""
@@ -163,3 +165,25 @@ class EDM(Schedule):
                 "type for example --init-rho 2.5"
             )
         return rho
+
+
+class LogNormal:
+    """Fractions u of a schedule at which ln(sigma/alpha) ~ N(mean, std^2); levels out of reach become the nearest there is.
+
+    EDM's law of sigma (Karras et al. 2022, table 1). On a rectified flow sigma/alpha is t / (1 - t), so that the very same
+    law is t's logit-normal one (Esser et al. 2024, eq. 19).
+    """
+
+    def __init__(self, schedule: Schedule, mean: float, std: float, device: torch.device | str, nodes: int = 4096):
+        """The schedule is inverted by linear interpolation between `nodes` fractions."""
+        u = torch.arange(1, nodes + 1, dtype=torch.float64) / nodes
+        alpha, sigma = schedule.coefficients(schedule.at(u))
+        self.u, self.log_rho = u.float().to(device), (sigma / alpha).log().float().to(device)
+        self.mean, self.std = mean, std
+
+    def __call__(self, rng: Rng) -> Tensor:
+        wanted = self.mean + self.std * rng.normal(()).to(self.log_rho.dtype)
+        above = torch.searchsorted(self.log_rho, wanted).clamp(1, len(self.u) - 1)
+        low, high = self.log_rho[above - 1], self.log_rho[above]
+        part = ((wanted - low) / (high - low)).nan_to_num(0.0).clamp(0, 1)  # 0/0 where two nodes have the same level
+        return self.u[above - 1] + part * (self.u[above] - self.u[above - 1])

@@ -12,7 +12,7 @@ from ..discriminator import Discriminator
 from ..prediction import add_noise
 from .base import Batch
 from .dmd2 import DMD2, DMD2Config
-from .score import matching_loss, per_sample_weight
+from .score import matching_loss, per_sample, per_sample_weight
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "reverse-kl": torch.ones_like,
@@ -69,7 +69,7 @@ class FDistill(DMD2):
             x_t = add_noise(self.schedule, x, batch.rng.normal(x.shape[1:]), t)
             fake, features = self.fake.with_features(x_t, t, cond)
             real = self.real(x_t, t, cond, uncond)
-            h = self._weight(features, u).to(x_t.dtype).view(-1, *(1,) * (x.ndim - 1))
+            h = per_sample(self._weight(features, u).to(x_t.dtype), x)
         loss = matching_loss(x, fake, real, h * per_sample_weight(x.detach(), real))
         self.log["matching"] = loss.detach()
         return loss

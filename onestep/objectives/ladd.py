@@ -15,8 +15,8 @@ from ..data import PairCache
 from ..denoiser import Cond, Denoiser, frozen
 from ..discriminator import ADVERSARIES, GAN, Discriminator, heads_on
 from ..rng import Rng
+from ..schedule import LogNormal
 from .base import Batch, Objective
-from .diff_instruct import LogNormal
 
 
 @dataclass

@@ -125,4 +125,9 @@ def matching_loss(x: Tensor, fake: Tensor, real: Tensor, weight: Tensor | float)
 def per_sample_weight(x: Tensor, real: Tensor) -> Tensor:
     """1 / mean |x - real| over each sample's elements, shape (B, 1, ...): DMD's normaliser (Yin et al. 2023, eq. 8)."""
     distance = (x - real).abs().flatten(1).mean(1).clamp_min(1e-6)
-    return 1 / distance.view(-1, *(1,) * (x.ndim - 1))
+    return 1 / per_sample(distance, x)
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) as (B, 1, ...), to broadcast against `like`."""
+    return values.view(-1, *(1,) * (like.ndim - 1))

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config import option
-from ..denoiser import Cond, Denoiser, stack
+from ..denoiser import Cond, guided
 from ..prediction import add_noise
 from .base import Batch
 from .clip_loss import clip_on
+from .score import per_sample
 from .vsd import VSD, VSDConfig
 
 
@@ -101,23 +102,6 @@ class SwiftBrush(VSD):
         loss = (denoising_weight(*self.schedule(t, x)) * error.square()).mean()
         self.log["denoising"] = loss.detach()
         return loss
-
-
-def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) as (B, 1, ...), to broadcast against `like`."""
-    return values.view(-1, *(1,) * (like.ndim - 1))
-
-
-def guided(denoiser: Denoiser, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond | None, kappa: Tensor | None) -> Tensor:
-    """x0_uncond + kappa (x0_cond - x0_uncond), one pass over the doubled batch; None is no guidance and half the pass.
-
-    kappa has shape (B, 1, ...): every sample may have its own.
-    """
-    if kappa is None:
-        return denoiser(x_t, t, cond)
-    assert uncond is not None
-    x_cond, x_uncond = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), stack(cond, uncond)).chunk(2)
-    return x_uncond + kappa * (x_cond - x_uncond)
 
 
 def denoising_weight(alpha_t: Tensor, sigma_t: Tensor) -> Tensor:

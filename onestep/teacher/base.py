@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpointing import enable
-from ..denoiser import Cond, Denoiser, body, call_network, stack
+from ..denoiser import Cond, Denoiser, body, call_network, guided
 from ..lora import Adapter, plain, unused
 from ..prediction import prediction_of
 from ..schedule import Schedule
@@ -154,13 +154,9 @@ class Teacher(ABC):
 
         Raises ValueError where guidance is asked of a teacher without an unconditional branch.
         """
-        if guidance == 1.0:
-            return self.denoiser(x_t, t, cond)
-        if uncond is None:
+        if guidance != 1.0 and uncond is None:
             raise ValueError("this teacher has no unconditional branch; only --guidance 1 is possible")
-        both = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), stack(cond, uncond))
-        x_cond, x_uncond = both.chunk(2)
-        return x_uncond + guidance * (x_cond - x_uncond)
+        return guided(self.denoiser, x_t, t, cond, uncond, None if guidance == 1.0 else guidance)
 
     @torch.no_grad()
     def sample(
