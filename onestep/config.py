@@ -1,6 +1,7 @@
 """Options of a run, and how they are resolved, saved and compared, without importing torch.
 
-Precedence: a method's DEFAULTS over the dataclass defaults < the teacher's facts < `--config recipe.yaml` < flags.
+Precedence: a method's DEFAULTS over the dataclass defaults < the teacher's facts < what the method INSISTS on <
+`--config recipe.yaml` < flags.
 """
 
 import os
@@ -39,6 +40,8 @@ class MethodConfig:
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
     """Options of TrainConfig that the method wants otherwise."""
+    INSISTS: ClassVar[Mapping[str, Any]] = {}
+    """The same where the method knows better than the teacher's facts; recipes and flags are still obeyed."""
 
 
 @dataclass
@@ -118,7 +121,7 @@ def resolve(
     flags: Mapping[str, Any],
     source: str = "the recipe",
 ) -> tuple[TrainConfig, Any]:
-    """(TrainConfig, method_options) from defaults < method_options.DEFAULTS < facts_train < recipe < flags.
+    """(TrainConfig, method_options): defaults < method_options.DEFAULTS < facts_train < INSISTS < recipe < flags.
 
     Facts of other methods are passed over. Raises ValueError for an unknown key of the recipe (called `source`) or the
     flags, and for a value of the wrong type, outside its limits or not among its choices.
@@ -128,6 +131,7 @@ def resolve(
     layers = (
         (method_options.DEFAULTS, "{} in the method's defaults"),
         (known_facts, "{} in the teacher's facts"),
+        (method_options.INSISTS, "{} in what the method insists on"),
         (recipe, "{} in " + source.replace("{", "{{").replace("}", "}}")),
         (flags, "{}"),
     )

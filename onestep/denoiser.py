@@ -146,6 +146,13 @@ def body(network: nn.Module) -> nn.Module:
     return bare.base if isinstance(bare, Adapter) else bare
 
 
+@torch.no_grad()
+def follow(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """One step of an exponential moving average of the weights: average <- decay average + (1 - decay) network."""
+    averaged = [p.detach() for p in average.parameters()]
+    torch._foreach_lerp_(averaged, [p.detach() for p in unwrap(network).parameters()], 1 - decay)
+
+
 @contextmanager
 def frozen(*modules: nn.Module | None) -> Iterator[None]:
     """No parameter of `modules` receives a gradient inside; gradients still flow through their inputs."""

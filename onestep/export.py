@@ -28,6 +28,7 @@ from .generator import Generator
 from .lora import FORMATS, Adapter, plain, save_lora
 from .prediction import EDMPreconditioned
 from .schedule import EDM, VP, RectifiedFlow
+from .second_time import folded
 from .teacher import Teacher
 from .verify import verify
 
@@ -190,10 +191,10 @@ def _stock_pipeline(network: nn.Module, teacher: Teacher, scheduler: Any, dtype:
 
 
 def stored_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network on the CPU in `dtype`; an adapter's is its base with the adapter merged."""
+    """The network on the CPU in `dtype`; an adapter's is its base with the adapter merged. A second time becomes 0."""
     bare = unwrap(network)
     adapter = bare.name if isinstance(bare, Adapter) else None
-    return plain(body(bare), dtype, "cpu", adapter).eval()
+    return plain(folded(body(bare)), dtype, "cpu", adapter).eval()
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from .teacher import Copies, Teacher
 from .teacher.text import TextTeacher
 from .trainer import bare, rows_of
 
-RUNTIME = {"cpu": 900_000_000, "accelerator": 800_000_000}
+RUNTIME = {"cpu": 2_000_000_000, "accelerator": 800_000_000}
 """Bytes beside all tensors: a Python process with torch, diffusers and transformers imported; or a CUDA context with the
 kernels that were loaded into it and the workspaces of cuBLAS and cuDNN."""
 
@@ -75,6 +75,7 @@ class Run:
         with blank.weightless(), torch.random.fork_rng(devices=[]), without_pairs(self.teacher):
             denoiser = self.teacher.copy("student")
             self.generator = Generator(denoiser, steps_from(denoiser.schedule, config.init_rho, config.student_steps))
+            method.prepare(options, self.generator)
             guidance = guidance_of(config, self.teacher)
             self.objective: Objective = method(options, self.teacher, self.generator, guidance, Path(), Path())
         self.members = {name: bare(list(modules)) for name, modules in self.objective.players().items()}

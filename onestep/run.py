@@ -16,6 +16,7 @@ from .data import Data
 from .export import export, export_lora
 from .generator import Generator, steps_from
 from .objectives import objective_class
+from .second_time import WEIGHT
 from .teacher import Copies, Teacher, facts_of, load_teacher
 from .trainer import Trainer, accelerator_of, rows_of
 
@@ -51,16 +52,17 @@ def use_xformers(teacher: Teacher) -> None:
         ) from error
 
 
-def make_student(config: TrainConfig, teacher: Teacher) -> Generator:
+def make_student(config: TrainConfig, options: Any, teacher: Teacher) -> Generator:
     """A copy of the teacher, or of `init`, as a generator that starts at sigma/alpha = init_rho.
 
     Raises ValueError where one of them does not fit.
     """
     denoiser = teacher.copy("student")
-    if config.init:
-        start_from(Path(config.init), denoiser.network, teacher.network_name)
     times = steps_from(denoiser.schedule, config.init_rho, config.student_steps)
     generator = Generator(denoiser, times)
+    objective_class(config.method).prepare(options, generator)
+    if config.init:
+        start_from(Path(config.init), denoiser.network, teacher.network_name)
     scale = teacher.export_scale if config.input_scale == "auto" else config.input_scale
     if scale == "sigma":
         probe = torch.zeros(1, dtype=torch.float64)
@@ -84,7 +86,8 @@ def start_from(source: Path, network: Any, name: str) -> None:
                 f"{source} is no run and no diffusers folder with a {name}; type --init with the folder of a run of "
                 "onestep.train or of an export"
             )
-        network.load_state_dict(weights, strict=True)
+        kept = {key: value for key, value in network.state_dict().items() if key.endswith(WEIGHT)}  # may be new
+        network.load_state_dict(kept | weights, strict=True)
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
@@ -100,7 +103,7 @@ def make_trainer(config: TrainConfig, options: Any, cache: Path | None = None) -
     accelerator = accelerator_of(config)
     rows_of(config, accelerator.num_processes)
     teacher = loaded(config, accelerator.device)
-    generator = make_student(config, teacher)
+    generator = make_student(config, options, teacher)
     method = objective_class(config.method)
     data = Data.of(config.data, teacher, config.seed, config.cache_folder, method.uses_real(options))
     if data.note and accelerator.is_main_process:
@@ -151,7 +154,7 @@ def export_run(run: Path, folder: Path | None = None, dtype: str | None = None, 
     if checkpoint is None:
         raise ValueError(f"{run} holds no checkpoint yet; type {PROG} --config {shlex.quote(source)} first")
     teacher = loaded(config, "cpu")
-    generator = make_student(replace(config, init=None), teacher)
+    generator = make_student(replace(config, init=None), options, teacher)
     generator.denoiser.network.load_state_dict(read_weights(checkpoint, "average"), strict=True)
     target, kind = folder or run / ("lora" if lora else "export"), DTYPES[dtype or config.export_dtype]
     if lora:

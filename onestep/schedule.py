@@ -32,6 +32,10 @@ class Schedule(ABC):
         """The time at fraction u in (0, 1] of the schedule, 1 being pure noise; uniform u is the usual training law."""
 
     @abstractmethod
+    def fraction(self, t: float) -> float:
+        """The fraction u of the schedule at which `at` gives the time t."""
+
+    @abstractmethod
     def at_rho(self, rho: float) -> float:
         """The time at which sigma_t / alpha_t is nearest to rho. Raises ValueError where rho is out of reach."""
 
@@ -102,6 +106,9 @@ class VP(Schedule):
         # rounding first keeps u = k/n exact: ceil(0.07 * 100) is 8 in floating point
         return ((u.double() * n).mul(1e6).round().div(1e6).ceil().long() - 1).clamp(0, n - 1)
 
+    def fraction(self, t: float) -> float:
+        return (t + 1) / self.num_train_timesteps
+
     def at_rho(self, rho: float) -> float:
         ratio = ((1 - self.alphas_cumprod) / self.alphas_cumprod).sqrt()
         if not ratio[0] * 0.999 <= rho <= ratio[-1] * 1.001:
@@ -133,6 +140,9 @@ class RectifiedFlow(Schedule):
     def at(self, u: Tensor) -> Tensor:
         return self.shift * u / (1 + (self.shift - 1) * u)
 
+    def fraction(self, t: float) -> float:
+        return t / (self.shift - (self.shift - 1) * t)
+
     def at_rho(self, rho: float) -> float:
         return 1.0 if rho == float("inf") else rho / (1 + rho)
 
@@ -157,6 +167,10 @@ class EDM(Schedule):
     def at(self, u: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + u * (high - low)) ** self.rho
+
+    def fraction(self, t: float) -> float:
+        low, high, here = (sigma ** (1 / self.rho) for sigma in (self.sigma_min, self.sigma_max, t))
+        return (here - low) / (high - low)
 
     def at_rho(self, rho: float) -> float:
         if not self.sigma_min <= rho <= self.sigma_max:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from .config import TrainConfig
 from .data import Data
-from .denoiser import Cond, Denoiser, unwrap
+from .denoiser import Cond, Denoiser, follow, unwrap
 from .generator import Generator
 from .grid import save_grid
 from .objectives import Objective
@@ -54,7 +54,7 @@ class Trainer:
         self.members = {name: list(modules) for name, modules in objective.players().items()}
         self.optimizers = {name: self._optimizer(name) for name in self.members}
         self._saved = {f"{name}-{i}": m for name, ms in self.members.items() for i, m in enumerate(bare(ms))}
-        self._saved["average"] = self.average
+        self._saved |= {"average": self.average, **objective.state()}
         for members in self.members.values():
             for member in members:
                 member.network = self.accelerator.prepare(member.network)
@@ -131,9 +131,8 @@ class Trainer:
         optimizer.step()
         optimizer.zero_grad()
         if player == "generator":
-            student = unwrap(self.generator.denoiser.network)
-            averaged = [p.detach() for p in self.average.parameters()]
-            torch._foreach_lerp_(averaged, [p.detach() for p in student.parameters()], 1 - self.config.ema)
+            follow(self.average, self.generator.denoiser.network, self.config.ema)
+        self.objective.updated(player)
 
     # ---- state
 

@@ -75,10 +75,10 @@ def runs(folders: Path, tiny_images: Path, tmp_path_factory: pytest.TempPathFact
 def student_of(run: Path) -> tuple[Any, EDMTeacher]:
     """(generator, teacher) of a run's last checkpoint."""
     recipe = load_config(run)
-    config, _ = resolve(objective_class(recipe["method"]).Config, {}, recipe, {})
+    config, options = resolve(objective_class(recipe["method"]).Config, {}, recipe, {})
     teacher = load_teacher(config.teacher)
     assert isinstance(teacher, EDMTeacher)
-    generator, checkpoint = make_student(config, teacher), latest_checkpoint(run / "checkpoints")
+    generator, checkpoint = make_student(config, options, teacher), latest_checkpoint(run / "checkpoints")
     assert checkpoint is not None
     generator.denoiser.network.load_state_dict(read_weights(checkpoint, "average"))
     return generator, teacher

@@ -104,7 +104,7 @@ def test_passes_of_a_step(run: Path, tiny_teacher: Path):
     teacher = load_teacher(str(tiny_teacher))
     recipe = {"teacher": str(tiny_teacher), "init_rho": 80.0, "pairs": 16, "pair_steps": 2}
     config, options = resolve(Regression.Config, {}, recipe, {})
-    generator = make_student(config, teacher)
+    generator = make_student(config, options, teacher)
     objective = Regression(options, teacher, generator, 1.0, run / "passes", run)
     counts = {"teacher": 0, "student": 0}
     for name, network in (("teacher", teacher.denoiser.network), ("student", generator.denoiser.network)):

@@ -39,6 +39,11 @@ class Objective(ABC):
         self.log: dict[str, Tensor] = {}
 
     @classmethod
+    def prepare(cls, config: Any, generator: Generator) -> None:
+        """Change the student's network before anything is made of it, where a method trains inputs that it lacks."""
+        return None
+
+    @classmethod
     def uses_real(cls, config: Any) -> bool:
         """Whether a method with these options looks at real samples."""
         return False
@@ -54,6 +59,14 @@ class Objective(ABC):
     def kept(self) -> Sequence[nn.Module]:
         """Networks it holds in memory beside the teacher and the players."""
         return ()
+
+    def state(self) -> Mapping[str, nn.Module]:
+        """Networks that change in training but are no player's: checkpoints hold them, so that a run resumes exactly."""
+        return {}
+
+    def updated(self, player: str) -> None:
+        """Called after each optimiser step of a player, such as for a moving average of it."""
+        return None
 
     @abstractmethod
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
