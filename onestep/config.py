@@ -83,6 +83,7 @@ class TrainConfig:
         None, "layers to adapt, by the ends of their names and separated by commas; none: usual ones"
     )
     weights: str = option("fp32", "dtype in which frozen networks are stored", choices=("fp32", "bf16"))
+    offload: bool = option(False, "keep the teacher in the host's memory, copied to the device layer by layer: less memory")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     optimizer: str = option("adamw", "8-bit ones need bitsandbytes", choices=("adamw", "adamw8bit", "paged-adamw8bit"))
     attention: str = option("sdpa", "xformers needs the package and CUDA", choices=("sdpa", "xformers"))

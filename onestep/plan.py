@@ -93,7 +93,8 @@ def table(memory: "Memory", config: TrainConfig, processes: int) -> str:
     if memory.pictures:
         lines.append(("pictures of the teacher for grids", memory.pictures))
     lines.append(("activations" + " of a grid" * grid, worst.peak - worst.gradients))
-    lines += [("CUDA context and workspaces" if config.device != "cpu" else "Python, its libraries, free heap", memory.runtime)]
+    runtime = "Python, its libraries, free heap" if config.device == "cpu" else "CUDA context and workspaces"
+    lines.append((runtime, memory.runtime))
     lines.append(("most at once", memory.total))
     rows = config.batch_size // config.accumulation // processes
     about = [f"{config.method} on {config.teacher}, {rows} rows at once on {where}", ""]

@@ -118,6 +118,8 @@ class Run:
             counted |= {id(t) for t in mine}
             if mine:
                 found[name] = bytes_of(mine)
+        if self.config.offload and self.config.device != "cpu":  # a layer and the one that is fetched ahead
+            found["teacher"] = 2 * max(bytes_of(list(each.parameters(recurse=False))) for each in network.modules())
         return found
 
     def _pictures(self) -> int:

@@ -36,6 +36,10 @@ def loaded(config: TrainConfig, device: torch.device | str) -> Teacher:
         use_xformers(teacher)
     players = {"student": config.student, "critic": config.critic}
     lora = frozenset(player for player, kind in players.items() if kind == "lora")
+    if config.offload and lora:
+        raise ValueError(
+            "--offload moves away the weights that adapters work on: leave it out, or train --student full and --critic full"
+        )
     teacher.copies = Copies(lora, config.rank, config.targets, config.gradient_checkpointing)
     return teacher
 
@@ -119,6 +123,8 @@ def make_trainer(config: TrainConfig, options: Any, cache: Path | None = None) -
             f"iterations {config.iterations} end before backtracking reaches the teacher at step {objective.settled}; type "
             f"more than that, for example --iterations {2 * objective.settled}, or a smaller --backtrack"
         )
+    if config.offload:
+        teacher.offload()
     teacher.rest()  # its caches are written
     return Trainer(config, teacher, generator, objective, data, config.folder)
 

@@ -147,7 +147,28 @@ class Teacher(ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.network.parameters()).device
+        """Where it computes."""
+        return self._computes_on or next(self.denoiser.network.parameters()).device
+
+    _computes_on: torch.device | None = None
+
+    def offload(self) -> None:
+        """Keep the network's weights in the host's memory; layer by layer they are copied to the device as they are called.
+
+        Copies of the network have to be made before. Calls raise ValueError where a gradient is to flow through the input:
+        its backward pass would find the weights gone.
+        """
+        from diffusers.hooks import apply_group_offloading
+
+        network, self._computes_on = self.denoiser.network, self.device
+        network.register_forward_pre_hook(_refuse_gradient, with_kwargs=True)
+        apply_group_offloading(
+            network,
+            onload_device=self.device,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=self.device.type == "cuda",
+        )
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond | None = None, guidance: float = 1.0) -> Tensor:
         """Guided x0 = x0_uncond + guidance * (x0_cond - x0_uncond), one pass over the doubled batch; shape of x_t.
@@ -254,3 +275,9 @@ class Teacher(ABC):
     def to_images(self, x_0: Tensor) -> Tensor:
         """x0 to images (B, C, H, W) in [0, 1]."""
         return (self.decode(x_0) / 2 + 0.5).clamp(0, 1)
+
+
+def _refuse_gradient(network: nn.Module, args: Any, kwargs: Any) -> None:
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    if torch.is_grad_enabled() and any(value.requires_grad for value in given):
+        raise ValueError("this method needs gradients through its teacher, which --offload does not have: leave it out")
