@@ -35,6 +35,7 @@ TEACHERS: dict[str, Facts] = {
         source=str(ASSETS / "digits"),
         steps=18,
         licence="Apache-2.0; trained on the UCI digits of scikit-learn (CC-BY-4.0)",
+        protocol="digits-1797",
         train={"data": "digits", "init_rho": 2.5, "guidance": 1.0},
     ),
     "sd15": Facts(
