@@ -5,7 +5,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .DEFAULT_GOAL := demo
-.PHONY: demo test lint teach-fashion teach-digits clean
+.PHONY: demo test lint teach-fashion teach-digits teach-emoji clean
 
 demo: $(VENV)/.installed
 	$(RUN) -m onestep.train
@@ -25,6 +25,9 @@ teach-fashion: $(VENV)/.installed-teach
 
 teach-digits: $(VENV)/.installed-teach
 	$(RUN) -m onestep.teach digits --config train/teach_digits.yaml
+
+teach-emoji: $(VENV)/.installed-teach
+	$(RUN) -m onestep.teach emoji --config train/teach_emoji.yaml
 
 # Runs are kept: they are what a long training leaves behind.
 clean:

@@ -2,9 +2,11 @@
 
 python eval/zoo.py --teacher fashion --minutes 10 --output runs/zoo
 python eval/zoo.py --teacher digits --minutes 2 --methods dmd2,sid --seeds 0,1,2 --output runs/zoo-digits
+python eval/zoo.py --methods dmd2 --steps 1,2,4 --output runs/zoo
 
 The entries are those of eval/zoo_<teacher>.yaml. --output holds a run of onestep.train for each entry and seed, zoo.jsonl
-with a row for each, zoo.md with the table and zoo.png with their pictures. The same command goes on where it was stopped.
+with a row for each of them and each number of steps that it is scored at, zoo.md with the table and zoo.png with their
+pictures. The same command goes on where it was stopped; with more --steps it scores what is trained already.
 """
 
 import json
@@ -39,7 +41,7 @@ from onestep.metrics.provenance import provenance
 from onestep.metrics.render import render
 from onestep.objectives import OBJECTIVES, objective_class
 from onestep.options import nearest
-from onestep.run import RESULTS_NAME, finish, make_trainer
+from onestep.run import RESULTS_NAME, export_name, export_run, finish, make_trainer
 from onestep.teacher import facts_of, load_teacher
 from onestep.trainer import Trainer, keep_rows
 
@@ -57,6 +59,8 @@ class Entry:
     method: str
     options: dict[str, Any]
     seed: int
+    steps: tuple[int, ...] = ()
+    """Network calls an image to score the student at; none: as many as it is trained with."""
 
     @property
     def title(self) -> str:
@@ -92,6 +96,10 @@ class Job:
 
 
 # ---- time and passes
+
+
+class Stopped(Exception):
+    """A signal asked the training to stop."""
 
 
 class Passes:
@@ -241,8 +249,8 @@ def measured(job: Job, entry: Entry) -> Plan:
     iterations = max(1, int(recording + (job.seconds - recording * early) / late))
     if iterations <= settled:
         raise ValueError(
-            f"{job.seconds / 60:g} minutes are {max(0, iterations)} steps of {entry.name}, which comes back to its "
-            f"teacher at step {settled}: type more --minutes, or give the entry a smaller backtrack"
+            f"{job.seconds / 60:g} minutes are {max(0, iterations)} steps of {entry.name}, whose last stage begins at step "
+            f"{settled}: type more --minutes, or give the entry a smaller backtrack, segment_steps or reflow_steps"
         )
     planned = recording * early + (iterations - recording) * late
     return Plan(job.seconds / 60, job.threads, iterations, late, planned)
@@ -268,11 +276,19 @@ def per_step(trainer: Trainer, start: int, cycle: int, enough: float) -> float:
 # ---- one entry
 
 
-def train(job: Job, entry: Entry) -> dict[str, Any] | None:
-    """The row of an entry, trained to its end from wherever it was; None where a signal asked to stop.
+def scored(job: Job, entry: Entry, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of an entry that are not in `rows`, one for each number of steps, as they are made.
 
-    Raises ValueError for options that do not fit, and for a folder with a run of other options.
+    It is trained to its end from wherever it was. A run that comes to no end in finite numbers has one row, of its error.
+    Raises Stopped where a signal asked to, ValueError for options that do not fit and for a folder with a run of others.
     """
+    wanted = entry.steps or (job.resolved(entry)[0].student_steps,)
+    if missing := [steps for steps in wanted if not done(rows, job, entry, steps)]:
+        yield from train(job, entry, missing)
+
+
+def train(job: Job, entry: Entry, counts: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """The rows of `scored` for these numbers of steps."""
     plan = plan_of(job, entry)
     config, options = job.resolved(entry, plan.iterations)
     folder = job.folder(entry)
@@ -297,10 +313,11 @@ def train(job: Job, entry: Entry) -> dict[str, Any] | None:
     trainer = Timed(config, options)
     try:
         if not trainer.run():
-            return None
+            raise Stopped
     except FloatingPointError as error:
         facts = provenance("cpu") | {"commit": commits(plan)}
-        return {**row, "error": " ".join(str(error).split(";")[0].split()), **facts}
+        yield {**row, "error": " ".join(str(error).split(";")[0].split()), **facts}
+        return
     row |= {
         "seconds": trainer.seconds,
         "wall_seconds": trainer.wall_seconds,
@@ -308,12 +325,20 @@ def train(job: Job, entry: Entry) -> dict[str, Any] | None:
         **trainer.per_step(),
         "picture": f"{folder.name}/grid.png",
     }
-    finish(trainer, options)
-    export = folder / "export"
-    scores = evaluate(export, job.protocol, steps=len(trainer.generator.times), guidance=1.0, precision_recall=True)
-    update_score(export, scores)
-    (folder / RESULTS_NAME).write_text(json.dumps(scores) + "\n")
-    return {**row, **scores, "commit": commits(plan)}
+    own = len(trainer.generator.times)
+    if own in counts or not (folder / "export").exists():
+        finish(trainer, options)
+    for steps in counts:
+        export = folder / export_name(None if steps == own else steps)
+        if steps != own:
+            export_run(folder, export, steps=steps)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # where a pipeline takes a chain's later noises from torch's own generator
+            scores = evaluate(export, job.protocol, steps=steps, guidance=1.0, precision_recall=True)
+        update_score(export, scores)
+        if steps == own:
+            (folder / RESULTS_NAME).write_text(json.dumps(scores) + "\n")
+        yield {**row, **scores, "commit": commits(plan)}
 
 
 def commits(plan: Plan) -> str | None:
@@ -346,15 +371,16 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def done(rows: list[dict[str, Any]], job: Job, entry: Entry) -> bool:
-    """Whether there is a row of this entry. Raises ValueError where it is one of another job."""
+def done(rows: list[dict[str, Any]], job: Job, entry: Entry, steps: int) -> bool:
+    """Whether there is a row of this entry at so many steps, or of its error. Raises ValueError for one of another job."""
     for row in rows:
         if (row["name"], row["seed"]) == (entry.name, entry.seed):
             asked = {"teacher": job.teacher, "minutes": job.seconds / 60, "method": entry.method, "options": entry.options}
             other = {key: row[key] for key, value in asked.items() if row[key] != value}
             if other:
                 raise ValueError(f"{job.output}/zoo.jsonl has a row of {entry.title} with {other}; type another --output")
-            return True
+            if row.get("steps", steps) == steps:
+                return True
     return False
 
 
@@ -380,8 +406,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "; ".join(f"{key} {' / '.join(map(str, sorted(values)))}" for key, values in shared.items() if values) + ".",
         "",
     ]
-    titles = ["method", "options", "seed", "FD", "precision", "recall", "density", "coverage", "class accuracy"]
-    titles += ["passes a step: student, teacher, others", "images/s", "steps", "seconds (planned)", "commit", "picture"]
+    titles = ["method", "options", "seed", "steps", "FD", "precision", "recall", "density", "coverage", "class accuracy"]
+    titles += ["passes a step: student, teacher, others", "images/s", "iterations", "seconds (planned)", "commit", "picture"]
     lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
     summary = over_seeds(scored)
@@ -392,7 +418,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     options = ", ".join(f"{key} {value}" for key, value in row["options"].items())
     if row["name"] != row["method"]:
         options = ", ".join(filter(None, (f"method {row['method']}", options)))
-    start, commit = [row["name"], options or "-", str(row["seed"])], str(row["commit"])
+    start, commit = [row["name"], options or "-", str(row["seed"]), str(row.get("steps", "-"))], str(row["commit"])
     short = ", ".join(each[:7] + "-dirty" * each.endswith("-dirty") for each in commit.split(", "))
     if "protocol" not in row:
         return [*start, row["error"], *["-"] * 7, str(row["iterations"]), "-", short, "-"]
@@ -416,27 +442,32 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> list[str]:
-    """Mean and standard deviation over the seeds of each entry that has several."""
-    names = dict.fromkeys(row["name"] for row in rows)
-    several = {name: found for name in names if len(found := [row for row in rows if row["name"] == name]) > 1}
+    """Mean and standard deviation over the seeds of each entry and number of steps that has several."""
+    alike: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        alike.setdefault((row["name"], row["steps"]), []).append(row)
+    several = {key: found for key, found in alike.items() if len(found) > 1}
     if not several:
         return []
-    lines = ["| mean ± standard deviation | seeds | FD | precision | recall | density | coverage | class accuracy |"]
-    lines.append("|---" * 8 + "|")
-    for name, found in several.items():
+    titles = ["mean ± standard deviation", "steps", "seeds", "FD", "precision", "recall", "density", "coverage"]
+    lines = ["| " + " | ".join([*titles, "class accuracy"]) + " |", "|---" * 9 + "|"]
+    for (name, steps), found in several.items():
         values = [[metric_of(row) or 0.0 for row in found], *([row[score] for row in found] for score in SCORES)]
         shown = [f"{mean(each):.3f} ± {stdev(each):.3f}" for each in values]
-        lines.append(f"| {name} | {len(found)} | {' | '.join(shown)} |")
+        lines.append(f"| {name} | {steps} | {len(found)} | {' | '.join(shown)} |")
     return lines
 
 
 @torch.no_grad()
 def contact_sheet(rows: list[dict[str, Any]], job: Job, path: Path, each: int = 2) -> None:
-    """One column of pictures an entry, of its first seed, after one of the teacher: in a line the same noise and class."""
-    first: dict[str, dict[str, Any]] = {}
+    """A column of pictures for each entry and number of steps, of its first seed, after one of the teacher.
+
+    In a line the noise and the class are the same.
+    """
+    first: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
         if "protocol" in row:
-            first.setdefault(row["name"], row)
+            first.setdefault((row["name"], row["steps"]), row)
     if not first:
         return
     labels = [i // each for i in range(each * job.protocol.classes)]
@@ -447,10 +478,14 @@ def contact_sheet(rows: list[dict[str, Any]], job: Job, path: Path, each: int = 
     steps = teacher.facts.steps
     x_0 = teacher.sample(z, *teacher.encode(torch.tensor(labels)), teacher.facts.guidance, steps)
     columns[f"teacher\n{steps} steps"] = teacher.to_images(x_0)
-    for name, row in first.items():
-        pipe = load_pipeline(job.output / f"{name}-seed-{row['seed']}" / "export")
-        images = torch.cat(list(render(pipe, labels, seeds, row["steps"], 1.0, len(seeds))))
-        columns[f"{name}\n{row['protocol']['metric']} {metric_of(row):.2f}"] = images
+    names = [name for name, _ in first]
+    for (name, count), row in first.items():
+        pipe = load_pipeline(job.output.joinpath(*Path(row["export"]).parts[-2:]))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            images = torch.cat(list(render(pipe, labels, seeds, count, 1.0, len(seeds))))
+        title = f"{name}, {count} steps" if names.count(name) > 1 else name
+        columns[f"{title}\n{row['protocol']['metric']} {metric_of(row):.2f}"] = images
     save_columns(path, columns)
 
 
@@ -482,12 +517,12 @@ def save_columns(path: Path, columns: dict[str, Tensor]) -> None:
 # ---- the command line
 
 
-def entries_in(path: Path | None, methods: Sequence[str] | None) -> dict[str, tuple[str, dict[str, Any]]]:
-    """(method, options) by name: those of the file, or of them and of the plain methods the ones that are asked for.
+def entries_in(path: Path | None, methods: Sequence[str] | None) -> dict[str, Entry]:
+    """Entries of seed 0 by name: those of the file, or of them and of the plain methods the ones that are asked for.
 
     Raises ValueError for a file that is no list of entries, and for names that are nowhere.
     """
-    found: dict[str, tuple[str, dict[str, Any]]] = {}
+    found: dict[str, Entry] = {}
     for name, given in (load_recipe(path) if path else {}).items():
         if not isinstance(given, dict | None):
             raise ValueError(f"{name} in {path} is no mapping; allowed are lines like '{name}: {{method: dmd2, gan: 0}}'")
@@ -495,9 +530,11 @@ def entries_in(path: Path | None, methods: Sequence[str] | None) -> dict[str, tu
             raise ValueError(f"{name!r} in {path} is no name of a folder; type one without slashes")
         options = dict(given or {})
         method = options.pop("method", name)
+        # a list; a number is an option of methods that have one of this name
+        steps = options.pop("steps") if isinstance(options.get("steps"), list) else []
         if wrong := sorted(RESERVED & set(options)):
             raise ValueError(f"{', '.join(wrong)} of {name} in {path}: that is the same for all; leave it out")
-        found[name] = (method, options)
+        found[name] = Entry(name, method, options, 0, steps_in(steps, f"steps of {name} in {path}"))
     if methods is None:
         if not found:
             raise ValueError("no file of entries for this teacher; type --methods with some, or --entries FILE")
@@ -506,7 +543,14 @@ def entries_in(path: Path | None, methods: Sequence[str] | None) -> dict[str, tu
         if name not in found and name not in OBJECTIVES:
             known = {*found, *OBJECTIVES}
             raise ValueError(f"no method {name!r}; allowed are {', '.join(sorted(known))}{nearest(name, known)}")
-    return {name: found.get(name, (name, {})) for name in methods}
+    return {name: found.get(name, Entry(name, name, {}, 0)) for name in methods}
+
+
+def steps_in(given: list[Any], label: str) -> tuple[int, ...]:
+    """Numbers of steps, without repetitions. Raises ValueError where they are no integers from 1."""
+    if not all(type(each) is int and each >= 1 for each in given):
+        raise ValueError(f"{label}: {given!r} is not allowed; allowed are integers from 1: type for example 1,2,4")
+    return tuple(dict.fromkeys(given))
 
 
 def protocol_for(teacher: str, data: str | None, name: str | None) -> Protocol:
@@ -528,6 +572,7 @@ def parse(argv: Sequence[str] | None) -> tuple[Job, list[Entry]]:
     reader.add_argument("--minutes", type=float, default=10.0, help="of training, each (default: %(default)s)")
     reader.add_argument("--methods", help="entries or methods, separated by commas (default: all entries)")
     reader.add_argument("--seeds", default="0", help="separated by commas (default: %(default)s)")
+    reader.add_argument("--steps", help="to score students at, separated by commas (default: each entry's own)")
     reader.add_argument("--data", help="as in onestep.train (default: the teacher's)")
     reader.add_argument("--entries", type=Path, metavar="FILE", help="default: eval/zoo_<teacher>.yaml")
     reader.add_argument("--protocol", help="default: the teacher's, or the one of its data")
@@ -539,6 +584,9 @@ def parse(argv: Sequence[str] | None) -> tuple[Job, list[Entry]]:
     seeds = given.seeds.split(",")
     if not 0 < given.minutes < math.inf or not all(seed.isdecimal() for seed in seeds):
         raise ValueError(f"--minutes {given.minutes} --seeds {given.seeds}: allowed are minutes above 0 and integers from 0")
+    if given.steps is not None:
+        counts = [int(each) if each.isdecimal() else each for each in given.steps.split(",")]
+        entries = {name: replace(entry, steps=steps_in(counts, "--steps")) for name, entry in entries.items()}
     if given.threads is not None:
         if given.threads < 1:
             raise ValueError(f"--threads {given.threads} is not allowed; type 1 or more")
@@ -551,29 +599,30 @@ def parse(argv: Sequence[str] | None) -> tuple[Job, list[Entry]]:
         protocol=protocol_for(given.teacher, given.data, given.protocol),
         output=given.output,
     )
-    made = [Entry(name, *entries[name], int(seed)) for seed in dict.fromkeys(seeds) for name in entries]
+    made = [replace(entry, seed=int(seed)) for seed in dict.fromkeys(seeds) for entry in entries.values()]
     for entry in made:
         job.resolved(entry)
     return job, made
 
 
 def compare(job: Job, entries: Sequence[Entry]) -> int:
-    """All entries in turn; those that are there already are passed over. Returns the exit code."""
+    """All entries in turn; what is there already is passed over. Returns the exit code."""
     path, failed = job.output / "zoo.jsonl", False
     rows = rows_of(path)
-    for entry in [entry for entry in entries if not done(rows, job, entry)]:
+    for entry in entries:  # of another job
+        done(rows, job, entry, 0)
+    for entry in entries:
         try:
-            row = train(job, entry)
+            for row in scored(job, entry, rows):
+                append(row, path)
+                rows.append(row)
+                (job.output / "zoo.md").write_text(table(rows), encoding="utf-8")
+        except Stopped:
+            print(f"stopped in {entry.title}; the same command goes on from there")
+            return 130
         except ValueError as error:
             failed = True
             print(f"error: {entry.title}: {' '.join(str(error).split())}", file=sys.stderr)
-            continue
-        if row is None:
-            print(f"stopped in {entry.title}; the same command goes on from there")
-            return 130
-        append(row, path)
-        rows.append(row)
-        (job.output / "zoo.md").write_text(table(rows), encoding="utf-8")
     if rows:
         (job.output / "zoo.md").write_text(table(rows), encoding="utf-8")
         contact_sheet(rows, job, job.output / "zoo.png")

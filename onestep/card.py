@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import yaml
 
-from .generator import Generator
+from .denoiser import body
+from .generator import Generator, part_of
 from .teacher import Teacher
+from .verify import HALF_TOLERANCE, SEEDS, is_large, takes_guidance, tolerance_of
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -38,8 +40,17 @@ class Card:
     """What was typed to train it."""
 
 
-def snippet(teacher: Teacher, folder: str | Path, steps: int = 1, dtype: torch.dtype = torch.float32) -> str:
-    """Five lines of Python that load an export of a student of `teacher`, make pictures and save one of them."""
+def snippet(
+    teacher: Teacher,
+    folder: str | Path,
+    steps: int = 1,
+    dtype: torch.dtype = torch.float32,
+    guidance: float | None = None,
+) -> str:
+    """Five lines of Python that load an export of a student of `teacher`, make pictures and save one of them.
+
+    `guidance` is that of a student which takes it as an input.
+    """
     pipeline = type(teacher.pipeline).__name__
     kind = "" if dtype == torch.float32 else f", torch_dtype={dtype}"
     trust = ", trust_remote_code=True" if teacher.remote_code else ""  # its network is a file in the folder
@@ -48,7 +59,7 @@ def snippet(teacher: Teacher, folder: str | Path, steps: int = 1, dtype: torch.d
             "import torch",
             f"from diffusers import {pipeline}",
             f"pipe = {pipeline}.from_pretrained({json.dumps(str(folder))}{kind}{trust})",
-            *_pictures(teacher, steps),
+            *_pictures(teacher, steps, guidance),
         )
     )
 
@@ -68,21 +79,30 @@ def lora_snippet(teacher: Teacher, folder: str | Path, generator: Generator) -> 
     )
 
 
-def _pictures(teacher: Teacher, steps: int) -> tuple[str, str]:
-    given = [f"{key}={value!r}" for key, value in teacher.example_arguments(4).items()]
+def _pictures(teacher: Teacher, steps: int, guidance: float | None = None) -> tuple[str, str]:
+    asked = {} if guidance is None else {"guidance_scale": guidance}
+    given = [f"{key}={value!r}" for key, value in (teacher.example_arguments(4) | asked).items()]
     given += [f"num_inference_steps={steps}", "generator=torch.Generator().manual_seed(0)"]
     return f"images = pipe({', '.join(given)}).images", 'images[0].save("picture.png")'
 
 
-def card_text(card: Card, generator: Generator, teacher: Teacher, name: str, dtype: torch.dtype) -> str:
-    """README.md of the folder."""
+def asked_guidance(generator: Generator, guidance: float) -> float | None:
+    """`guidance` where the student takes it as an input, else None."""
+    return guidance if takes_guidance(generator.denoiser.network) else None
+
+
+def card_text(
+    card: Card, generator: Generator, teacher: Teacher, name: str, dtype: torch.dtype, counts: Sequence[int]
+) -> str:
+    """README.md of the folder; `counts` are the numbers of steps that are compared before it is kept."""
     identifier = card.licence.split(";")[0].strip().lower()
     known = identifier in LICENCES
     licence = {"license": identifier} if known else {"license": "other", "license_name": card.licence}
     front = {**licence, "library_name": "diffusers", "tags": ["diffusion", "distillation", "one-step", card.method]}
-    steps = len(generator.times)
+    steps, asked = len(generator.times), asked_guidance(generator, card.guidance)
     config = yaml.safe_dump(dict(card.config), sort_keys=False)
     trained = f"\nTrained with\n\n```bash\n{card.command}\n```\n" if card.command else ""
+    built_in = "an input: `guidance_scale`, in a single pass" if asked else "built in; do not add any"
     return f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 
@@ -91,7 +111,7 @@ def card_text(card: Card, generator: Generator, teacher: Teacher, name: str, dty
 {card.teacher}, distilled with {card.method} into a generator of {steps} network call{"s" * (steps > 1)} an image.
 
 ```python
-{snippet(teacher, name, steps, dtype)}
+{snippet(teacher, name, steps, dtype, asked)}
 ```
 
 | | |
@@ -99,8 +119,9 @@ def card_text(card: Card, generator: Generator, teacher: Teacher, name: str, dty
 | Teacher | {card.teacher}, guidance {card.guidance:g} (`uncond + guidance * (cond - uncond)`) |
 | Licence of the teacher | {card.licence} |
 | Method | {card.method} |
-| Steps | {steps}, at {", ".join(f"{t:g}" for t in generator.times)}; other numbers of steps were not trained |
-| Guidance | built in; do not add any |
+| Steps | {_steps_text(card, generator, counts)} |
+| Compared with the generator | {_compared_text(generator, counts, dtype)} |
+| Guidance | {built_in} |
 | Weights | {str(dtype).removeprefix("torch.")} |
 
 ## Score
@@ -113,6 +134,27 @@ def card_text(card: Card, generator: Generator, teacher: Teacher, name: str, dty
 
 </details>
 """
+
+
+def _steps_text(card: Card, generator: Generator, counts: Sequence[int]) -> str:
+    """Which values `num_inference_steps` may have, and the times that each visits."""
+    steps = len(generator.times)
+    lines = [f"{count}, at {', '.join(f'{t:g}' for t in part_of(generator.times, count))}" for count in reversed(counts)]
+    trained = card.config.get("student_steps", steps)
+    note = f"; trained with student_steps {trained}" if trained != steps else ""
+    return "; or ".join(lines) + f"{note}; other numbers of steps visit other times"
+
+
+def _compared_text(generator: Generator, counts: Sequence[int], dtype: torch.dtype) -> str:
+    """How `onestep.verify` compares an export of that dtype."""
+    half, large = dtype != torch.float32, is_large(body(generator.denoiser.network))
+    pictures = f"{1 if large else len(SEEDS)} picture{'s' * (not large)}"
+    arithmetic = "in float32 arithmetic " * half
+    run = f"; as it is run, by {HALF_TOLERANCE:g} on average at most" if half and not large else ""
+    return (
+        f"{pictures} at num_inference_steps {', '.join(map(str, reversed(counts)))}, reloaded by diffusers: {arithmetic}no "
+        f"pixel in [0, 1] deviates by more than {tolerance_of(generator):.2g} or than rounding x0 alone makes it{run}"
+    )
 
 
 def _score_text(row: Mapping[str, Any] | None) -> str:

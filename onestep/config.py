@@ -78,6 +78,15 @@ class TrainConfig:
     student_steps: int = option(1, "network calls of the student for one sample", minimum=1)
     student: str = option("full", "train all weights of the student, or a low-rank adapter", choices=("full", "lora"))
     critic: str = option("full", "train all weights of the critic, or a low-rank adapter", choices=("full", "lora"))
+    student_blocks: int | None = option(
+        None, "blocks of a smaller student, of a UNet layers at each resolution; none: the teacher's", minimum=1
+    )
+    student_width: float = option(1.0, "channels of a smaller student, as a fraction of the teacher's", above=0)
+    students: int = option(1, "networks that share the conditions, trained one after the other, one a device", minimum=1)
+    only: int | None = option(None, "train this one of the students alone, 0 .. students-1", minimum=0)
+    parts: str | None = option(
+        None, "classes of each student, as in 0,1,4/2,3; none: equal numbers in order, prompts by their embeddings"
+    )
     rank: int = option(64, "rank of the adapters", minimum=1)
     targets: str | None = option(
         None, "layers to adapt, by the ends of their names and separated by commas; none: usual ones"
@@ -103,11 +112,35 @@ class TrainConfig:
                 f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}; "
                 f"type for example --batch-size {near}"
             )
+        if self.only is not None and self.only >= self.students:
+            raise ValueError(f"only {self.only} is none of {self.students} students; type --only 0 .. {self.students - 1}")
+        if self.student_width > 1:
+            raise ValueError(f"student_width {self.student_width} is wider than the teacher; type --student-width 1 or less")
+        if self.part_list is not None and len(self.part_list) != self.students:
+            raise ValueError(
+                f"parts {self.parts} are those of {len(self.part_list)} students; type --students {len(self.part_list)}"
+            )
+
+    @property
+    def group(self) -> Path:
+        """`output`, or runs/<method>-<last part of the teacher's name>; of several students the folder of all."""
+        several = f"-{self.students}-students" if self.students > 1 else ""
+        return Path(self.output or f"runs/{self.method}-{Path(self.teacher).resolve().name}{several}")
 
     @property
     def folder(self) -> Path:
-        """Folder of the run: `output`, or runs/<method>-<last part of the teacher's name>."""
-        return Path(self.output or f"runs/{self.method}-{Path(self.teacher).resolve().name}")
+        """Folder of the run: `group`, or of one student of several its own folder there."""
+        return self.group if self.only is None else self.group / f"student-{self.only}"
+
+    @property
+    def part_list(self) -> list[list[int]] | None:
+        """`parts` as numbers. Raises ValueError where it is no list of lists of them."""
+        if self.parts is None:
+            return None
+        try:
+            return [[int(label) for label in part.split(",")] for part in self.parts.split("/")]
+        except ValueError as error:
+            raise ValueError(f"parts {self.parts} is no list of classes; type for example --parts 0,1,4/2,3") from error
 
     @property
     def cache_folder(self) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .guided import KEY, Guided
 from .lora import Adapter
 from .precision import full_precision
 from .prediction import Prediction, add_noise
@@ -122,10 +123,13 @@ def guided(
 ) -> Tensor:
     """x0_uncond + guidance (x0_cond - x0_uncond), one pass over the doubled batch; None is no guidance and half the pass.
 
-    As a tensor of shape (B, 1, ...) every sample has its own guidance.
+    As a tensor of shape (B, 1, ...) every sample has its own guidance. A network with guidance adapters does it in half.
     """
     if guidance is None:
         return denoiser(x_t, t, cond)
+    if isinstance(unwrap(denoiser.network), Guided):
+        one = guidance.flatten() if isinstance(guidance, Tensor) else torch.full((1,), guidance, device=x_t.device)
+        return denoiser(x_t, t, cond | {KEY: one})
     assert uncond is not None
     x_cond, x_uncond = denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), stack(cond, uncond)).chunk(2)
     return x_uncond + guidance * (x_cond - x_uncond)
@@ -143,7 +147,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 def body(network: nn.Module) -> nn.Module:
     """The module that does the arithmetic: an adapter's base, else the bare network."""
     bare = unwrap(network)
-    return bare.base if isinstance(bare, Adapter) else bare
+    return bare.base if isinstance(bare, Adapter | Guided) else bare
 
 
 @torch.no_grad()

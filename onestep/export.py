@@ -3,7 +3,7 @@
 The folder holds the student's network, a diffusers scheduler whose own timesteps are the student's, the teacher's other
 parts and a model card. It is reloaded and its pictures are compared with the generator's before it takes its name.
 
-    python -m onestep.export RUN [--output FOLDER] [--dtype fp32|fp16|bf16] [--lora diffusers|kohya]
+    python -m onestep.export RUN [--steps K] [--output FOLDER] [--dtype fp32|fp16|bf16] [--lora diffusers|kohya]
 """
 
 import copy
@@ -17,6 +17,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from .card import LORA_NAME, Card, card_text
 from .cli import Parser
 from .denoiser import body, unwrap
 from .files import fsync
-from .generator import Generator
+from .generator import Generator, part_of
 from .lora import FORMATS, Adapter, plain, save_lora
 from .prediction import EDMPreconditioned
 from .schedule import EDM, VP, RectifiedFlow
@@ -36,14 +37,16 @@ from .verify import verify
 def export(generator: Generator, teacher: Teacher, folder: Path, dtype: torch.dtype, card: Card) -> Path:
     """Write `generator` to `folder` as the teacher's own pipeline class and return the folder.
 
-    `pipe(..., num_inference_steps=len(generator.times))` is then the generator, pictures equal to TOLERANCE in float32.
+    `pipe(..., num_inference_steps=len(generator.times))` is then the generator, pictures equal to TOLERANCE in float32;
+    with the other numbers of `step_counts` it is that part of the chain, which is compared as well.
     A half-precision export is compared twice: its rounded weights in float32 arithmetic to TOLERANCE, and as users run
     it to HALF_TOLERANCE. An earlier export there is replaced once the new one is complete; generator and teacher are
     left as they are. Raises ValueError where no stock pipeline can express the generator, where its pictures are not
     finite or too coarse in `dtype`, and where the folder cannot be written; RuntimeError where the comparison fails.
     """
     check_input_scale(generator, teacher)
-    scheduler = scheduler_for(generator, teacher.pipeline.scheduler)
+    scheduler = scheduler_for(generator, teacher)
+    counts = step_counts(scheduler, generator, teacher)
     try:
         with _replacing(folder) as scratch:
             network = stored_network(generator.denoiser.network, dtype)
@@ -56,9 +59,9 @@ def export(generator: Generator, teacher: Teacher, folder: Path, dtype: torch.dt
                 from .networks.standalone import make_standalone
 
                 make_standalone(scratch, teacher.network_name)
-            text = card_text(card, generator, teacher, folder.resolve().name, dtype)
+            text = card_text(card, generator, teacher, folder.resolve().name, dtype, counts)
             (scratch / "README.md").write_text(text, encoding="utf-8")
-            verify(scratch, network, generator, teacher, dtype)
+            verify(scratch, network, generator, teacher, dtype, counts, card.guidance)
     except OSError as error:
         raise ValueError(
             f"the export cannot be written to {folder}: {error.strerror or error}; name a folder that is writable"
@@ -78,7 +81,7 @@ def export_lora(generator: Generator, teacher: Teacher, folder: Path, layout: st
     if teacher.remote_code:
         raise ValueError("diffusers reads no LoRA file for this network: leave --lora out to export it as a full model")
     check_input_scale(generator, teacher)
-    scheduler = scheduler_for(generator, teacher.pipeline.scheduler)
+    scheduler = scheduler_for(generator, teacher)
     with _replacing(folder, LORA_NAME) as scratch:
         save_lora(adapter, scratch / LORA_NAME, layout, dtype)
         scheduler.save_pretrained(scratch / "scheduler")
@@ -96,30 +99,37 @@ def check_input_scale(generator: Generator, teacher: Teacher) -> None:
         )
 
 
-def scheduler_for(generator: Generator, original: Any) -> Any:
-    """The diffusers scheduler that visits generator.times by itself for num_inference_steps = len(generator.times).
+def scheduler_for(generator: Generator, teacher: Teacher) -> Any:
+    """The scheduler with which a pipeline of the teacher's class, asked for len(generator.times) steps, visits these times.
 
-    `original` is the teacher's scheduler. Raises ValueError where no scheduler visits these times.
+    Raises ValueError where no scheduler does.
     """
-    schedule, times = generator.denoiser.schedule, generator.times
+    schedule, prediction = generator.denoiser.schedule, generator.denoiser.prediction
     if isinstance(schedule, VP):
-        return _vp_scheduler(generator, original.betas)
-    if isinstance(schedule, EDM) and isinstance(generator.denoiser.prediction, EDMPreconditioned):
-        return _edm_scheduler(times, generator.denoiser.prediction.sigma_data)
+        return _vp_scheduler(generator, teacher.pipeline.scheduler.betas)
+    if isinstance(schedule, EDM) and isinstance(prediction, EDMPreconditioned):
+        return _edm_scheduler(generator, teacher, prediction.sigma_data)
     if isinstance(schedule, RectifiedFlow):
-        if times != [1.0]:
-            raise ValueError(
-                f"FlowMatchEulerDiscreteScheduler starts at time 1, not at {times}; train with --student-steps 1 and "
-                "--init-rho none"
-            )
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        # x + (0 - 1) v: the shift leaves the times 0 and 1 where they are
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=schedule.num_train_timesteps)
+        return _flow_scheduler(generator, teacher, schedule.num_train_timesteps)
     raise ValueError(
-        f"no stock scheduler is known for {type(schedule).__name__} with {generator.denoiser.prediction.name}; allowed "
-        "are VP, EDM with preconditioning, and RectifiedFlow"
+        f"no stock scheduler is known for {type(schedule).__name__} with {prediction.name}; allowed are VP, EDM with "
+        "preconditioning, and RectifiedFlow"
     )
+
+
+def step_counts(scheduler: Any, generator: Generator, teacher: Teacher) -> list[int]:
+    """The numbers of steps with which the exported pipeline is the chain or an even part of it, see `part_of`."""
+    length = len(generator.times)
+    divisors = [steps for steps in range(1, length + 1) if length % steps == 0]
+    return [steps for steps in divisors if _visits(scheduler, teacher, part_of(generator.times, steps))]
+
+
+def _visits(scheduler: Any, teacher: Teacher, times: list[float]) -> bool:
+    """Whether the stock pipeline with this scheduler visits these times where it is asked for so many steps."""
+    with np.errstate(invalid="ignore"):  # a flow's times cannot be stretched where there is but one: NaN
+        scheduler.set_timesteps(len(times), **teacher.spacing(len(times)))
+    found = scheduler.timesteps if isinstance(teacher.denoiser.schedule, VP) else scheduler.sigmas[:-1]
+    return len(found) == len(times) and torch.allclose(found.double(), torch.tensor(times).double(), rtol=1e-6, atol=0)
 
 
 def _vp_scheduler(generator: Generator, betas: Tensor) -> Any:
@@ -137,6 +147,7 @@ def _vp_scheduler(generator: Generator, betas: Tensor) -> Any:
         "prediction_type": generator.denoiser.prediction.name,
         "clip_sample": False,
         "set_alpha_to_one": True,
+        "steps_offset": 1,  # neither spacing reads it, but Stable Diffusion's pipeline deprecates 0 at every loading
     }
     if len(times) == 1:
         return DDIMScheduler(timestep_spacing="trailing", **shared)
@@ -153,10 +164,11 @@ def _vp_scheduler(generator: Generator, betas: Tensor) -> Any:
     )
 
 
-def _edm_scheduler(times: list[float], sigma_data: float) -> Any:
+def _edm_scheduler(generator: Generator, teacher: Teacher, sigma_data: float) -> Any:
     """sigma_min = 0 makes the boundary scalings EDM's own; rho = 1 over n + 1 levels makes n steps evenly spaced."""
     from diffusers import CMStochasticIterativeScheduler
 
+    times = generator.times
     scheduler: Any = CMStochasticIterativeScheduler(
         num_train_timesteps=len(times) + 1,
         sigma_min=0.0,
@@ -165,11 +177,32 @@ def _edm_scheduler(times: list[float], sigma_data: float) -> Any:
         rho=1.0,
         clip_denoised=False,
     )
-    scheduler.set_timesteps(len(times))
-    if not torch.allclose(scheduler.sigmas[:-1], torch.tensor(times), rtol=1e-6, atol=0):
+    if not _visits(scheduler, teacher, times):
         raise ValueError(
             f"CMStochasticIterativeScheduler cannot visit the sigmas {times}; allowed are steps of equal size down to "
             f"{times[0] / len(times):g}: train with --student-steps and leave the times to it"
+        )
+    return scheduler
+
+
+def _flow_scheduler(generator: Generator, teacher: Teacher, num_train_timesteps: int) -> Any:
+    """Stochastic sampling re-noises x0 = x - t v as the chain does; a single Euler step from 1 to 0 is x0.
+
+    Where the pipeline leaves the times to the scheduler, they are n even ones from 1 to 1 / N, which `shift_terminal`
+    stretches to end at 1 / n. With another number of steps that end stays where it is.
+    """
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    times = generator.times
+    chain: dict[str, Any] = {"stochastic_sampling": True} if len(times) > 1 else {}
+    if chain and not teacher.spacing(len(times)):
+        chain["shift_terminal"] = 1 / len(times)
+    # shift 1 leaves even times even, and a dynamic one is off
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=num_train_timesteps, **chain)
+    if not _visits(scheduler, teacher, times):
+        raise ValueError(
+            f"FlowMatchEulerDiscreteScheduler cannot visit the times {times}; allowed are steps of equal size from 1 down "
+            f"to {1 / len(times):g}: train with --init-rho none, and leave the times to --student-steps"
         )
     return scheduler
 
@@ -240,14 +273,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     reader.add_argument("run", type=Path, metavar="RUN", help="folder of a run of onestep.train")
-    reader.add_argument("--output", type=Path, metavar="FOLDER", help="where to (default: RUN/export, or RUN/lora)")
+    reader.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="where to (default: RUN/export or RUN/lora, with -K for --steps K)"
+    )
     kinds = reader.add_mutually_exclusive_group()
     kinds.add_argument("--merge", action="store_true", help="a full model, adapters merged (the default)")
     kinds.add_argument("--lora", choices=FORMATS, help="the adapter alone, as a LoRA file with a scheduler beside it")
     reader.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: the run's --export-dtype)")
+    reader.add_argument("--steps", type=int, metavar="K", help="network calls of the student (default: as it was trained)")
     given = reader.parse_args(argv)
     try:
-        lines = export_run(given.run, given.output, given.dtype, given.lora)
+        lines = export_run(given.run, given.output, given.dtype, given.lora, given.steps)
     except (ValueError, OSError) as error:
         reader.error(str(error))
     print(f"Use it:\n\n{lines}")

@@ -26,6 +26,11 @@ def steps_from(schedule: Schedule, init_rho: float | None, steps: int) -> list[f
     return [first * (steps - k) / steps for k in range(steps)]
 
 
+def part_of(times: Sequence[float], steps: int) -> list[float]:
+    """The shorter chain within a chain of n times: every (n / steps)-th of them from the first on; `steps` divides n."""
+    return list(times[:: len(times) // steps])
+
+
 class Generator(nn.Module):
     """x0 = G(z, cond) with z ~ N(0, I): the denoiser read at `times[0]` on `input_scale * z`, shape (B, C, H, W).
 
@@ -51,6 +56,15 @@ class Generator(nn.Module):
         """The chain's index-th call, index >= 1, on the re-noised result of the one before."""
         t = self.time(index, x_0)
         return self.denoiser(add_noise(self.denoiser.schedule, x_0, eps, t), t, cond)
+
+    @property
+    def draws(self) -> int:
+        """Noises that a sample takes: the first, and a fresh one for each later time."""
+        return len(self.times)
+
+    def around(self, denoiser: Denoiser) -> "Generator":
+        """The same generator of another denoiser."""
+        return Generator(denoiser, self.times, self.input_scale)
 
     def forward(self, z: Tensor, cond: Cond, noises: Sequence[Tensor] = ()) -> Tensor:
         """x0, shape of z; `noises` are the fresh draws of a chain, one for each time after the first."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .config import TrainConfig
 from .data import PairCache
+from .data.trajectories import GuidedTrajectories, Point
 from .generator import Generator, steps_from
 from .objectives import Batch, Objective, objective_class
 from .plan_ledger import Ledger, Turn, bytes_of, tensors_of, turns_of
@@ -73,8 +74,11 @@ class Run:
         method = objective_class(config.method)
         self.real = method.uses_real(options)
         with blank.weightless(), torch.random.fork_rng(devices=[]), without_pairs(self.teacher):
-            denoiser = self.teacher.copy("student")
-            self.generator = Generator(denoiser, steps_from(denoiser.schedule, config.init_rho, config.student_steps))
+            generator = method.student(options, self.teacher, config.student_steps)
+            if generator is None:
+                denoiser = self.teacher.copy("student")
+                generator = Generator(denoiser, steps_from(denoiser.schedule, config.init_rho, config.student_steps))
+            self.generator = generator
             method.prepare(options, self.generator)
             guidance = guidance_of(config, self.teacher)
             self.objective: Objective = method(options, self.teacher, self.generator, guidance, Path(), Path())
@@ -165,7 +169,7 @@ def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
 
 @contextmanager
 def without_pairs(teacher: Teacher) -> Iterator[None]:
-    """Pairs of noise and sample are zeros inside: to make them takes weights."""
+    """Pairs of noise and sample, and points of trajectories, are zeros inside: to make them takes weights."""
 
     def made(self: Any, folder: Any, teacher: Teacher, *args: Any, **kwargs: Any) -> None:
         return None
@@ -175,5 +179,12 @@ def without_pairs(teacher: Teacher) -> Iterator[None]:
         z = rng.normal(teacher.shape)
         return z, torch.zeros_like(z), conditions
 
-    with patch.object(PairCache, "__init__", made), patch.object(PairCache, "draw", draw):
+    def point(self: Any, rng: Rng) -> Point:
+        z, zeros, conditions = draw(self, rng)
+        t = teacher.denoiser.schedule.at(rng.uniform())
+        return Point(z, t, zeros, rng.uniform(), conditions)
+
+    pairs: dict[str, Any] = {"__init__": made, "draw": draw}
+    trajectories: dict[str, Any] = {"__init__": made, "draw": point}
+    with patch.multiple(PairCache, **pairs), patch.multiple(GuidedTrajectories, **trajectories):
         yield

@@ -8,15 +8,20 @@ from typing import Any
 
 import torch
 
-from .card import Card, lora_snippet, snippet, update_score
+from .card import Card, asked_guidance, lora_snippet, snippet, update_score
 from .check import require_prediction, samples
 from .checkpoint import latest_checkpoint, read_weights
 from .config import CONFIG_NAME, PROG, TrainConfig, flat, load_config, resolve
 from .data import Data
+from .denoiser import body
 from .export import export, export_lora
 from .generator import Generator, steps_from
+from .guided_export import export_guided
+from .guided_sampler import GuidedSampler
 from .objectives import objective_class
 from .second_time import WEIGHT
+from .smaller import smaller
+from .students import restricted
 from .teacher import Copies, Teacher, facts_of, load_teacher
 from .trainer import Trainer, accelerator_of, rows_of
 
@@ -57,21 +62,32 @@ def use_xformers(teacher: Teacher) -> None:
 
 
 def make_student(config: TrainConfig, options: Any, teacher: Teacher) -> Generator:
-    """A copy of the teacher, or of `init`, as a generator that starts at sigma/alpha = init_rho.
+    """A copy of the teacher, or of `init`, as a generator that starts at sigma/alpha = init_rho; or a smaller one.
 
     Raises ValueError where one of them does not fit.
     """
-    denoiser = teacher.copy("student")
-    times = steps_from(denoiser.schedule, config.init_rho, config.student_steps)
-    generator = Generator(denoiser, times)
-    objective_class(config.method).prepare(options, generator)
+    method, small = objective_class(config.method), config.student_blocks is not None or config.student_width != 1
+    generator = method.student(options, teacher, config.student_steps)
+    if generator is None:
+        denoiser = smaller(teacher, config.student_blocks, config.student_width) if small else teacher.copy("student")
+        generator = Generator(denoiser, steps_from(denoiser.schedule, config.init_rho, config.student_steps))
+    elif small:
+        raise ValueError(f"{config.method} trains the teacher's own network: leave --student-blocks and --student-width out")
+    denoiser = generator.denoiser
+    method.prepare(options, generator)
     if config.init:
-        start_from(Path(config.init), denoiser.network, teacher.network_name)
+        start_from(init_of(config.init, config.only), denoiser.network, teacher.network_name)
     scale = teacher.export_scale if config.input_scale == "auto" else config.input_scale
     if scale == "sigma":
         probe = torch.zeros(1, dtype=torch.float64)
         generator.input_scale = float(denoiser.schedule(generator.time(0, probe), probe)[1])
     return generator
+
+
+def init_of(init: str, only: int | None) -> Path:
+    """Where a student starts from: in a run of several, from the student of its own number."""
+    own = Path(init) / f"student-{only}"
+    return own if only is not None and own.is_dir() else Path(init)
 
 
 def start_from(source: Path, network: Any, name: str) -> None:
@@ -110,6 +126,7 @@ def make_trainer(config: TrainConfig, options: Any, cache: Path | None = None) -
     generator = make_student(config, options, teacher)
     method = objective_class(config.method)
     data = Data.of(config.data, teacher, config.seed, config.cache_folder, method.uses_real(options))
+    data = restricted(config, teacher, data)
     if data.note and accelerator.is_main_process:
         print(data.note)
     if data.real is not None:
@@ -120,9 +137,12 @@ def make_trainer(config: TrainConfig, options: Any, cache: Path | None = None) -
         objective = method(options, teacher, generator, guidance, cache or config.cache_folder, config.folder)
     if config.iterations <= objective.settled:
         raise ValueError(
-            f"iterations {config.iterations} end before backtracking reaches the teacher at step {objective.settled}; type "
-            f"more than that, for example --iterations {2 * objective.settled}, or a smaller --backtrack"
+            f"iterations {config.iterations} end before the last stage of {config.method}, which begins at step "
+            f"{objective.settled}; type more, for example --iterations {2 * objective.settled}, or shorter stages "
+            "(--backtrack, --segment-steps, --reflow-steps: whichever it has)"
         )
+    if config.offload and body(generator.denoiser.network) is teacher.denoiser.network:
+        raise ValueError(f"--offload moves away the weights that {config.method} works on: leave it out")
     if config.offload:
         teacher.offload()
     teacher.rest()  # its caches are written
@@ -142,13 +162,22 @@ def card_of(config: TrainConfig, options: Any, teacher: Teacher) -> Card:
     )
 
 
-def export_run(run: Path, folder: Path | None = None, dtype: str | None = None, lora: str | None = None) -> str:
+def export_run(
+    run: Path,
+    folder: Path | None = None,
+    dtype: str | None = None,
+    lora: str | None = None,
+    steps: int | None = None,
+) -> str:
     """Export the averaged student of a run's newest checkpoint; the defaults are the run's own. Returns the snippet.
 
-    `lora` names the layout of a LoRA file to write instead of a full model.
+    `lora` names the layout of a LoRA file to write instead of a full model. `steps` are the student's network calls, at
+    the times that `steps_from` has for them: the weights are the same.
 
-    Raises ValueError where the folder holds no run, or a run without a sound checkpoint.
+    Raises ValueError where the folder holds no run, or a run without a sound checkpoint, and for steps below 1.
     """
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps {steps} is not allowed; type --steps 1 or more")
     recipe = load_config(run)
     source = str(run / CONFIG_NAME)
     for key in ("method", "teacher"):
@@ -160,24 +189,33 @@ def export_run(run: Path, folder: Path | None = None, dtype: str | None = None, 
     if checkpoint is None:
         raise ValueError(f"{run} holds no checkpoint yet; type {PROG} --config {shlex.quote(source)} first")
     teacher = loaded(config, "cpu")
-    generator = make_student(replace(config, init=None), options, teacher)
+    asked = replace(config, init=None, student_steps=steps or config.student_steps)
+    generator = make_student(asked, options, teacher)
     generator.denoiser.network.load_state_dict(read_weights(checkpoint, "average"), strict=True)
-    target, kind = folder or run / ("lora" if lora else "export"), DTYPES[dtype or config.export_dtype]
+    target, kind = folder or run / export_name(steps, lora is not None), DTYPES[dtype or config.export_dtype]
     if lora:
         export_lora(generator, teacher, target, lora, kind)
         return lora_snippet(teacher, target, generator)
-    export(generator, teacher, target, kind, card_of(config, options, teacher))
-    _repeat_score(run, target / teacher.network_name)
-    return snippet(teacher, target, len(generator.times), kind)
+    card = card_of(config, options, teacher)
+    if isinstance(generator, GuidedSampler):
+        return export_guided(generator, teacher, target, kind, card)
+    export(generator, teacher, target, kind, card)
+    _repeat_score(run, target / teacher.network_name, len(generator.times))
+    return snippet(teacher, target, len(generator.times), kind, asked_guidance(generator, card.guidance))
 
 
-def _repeat_score(run: Path, network: Path) -> None:
-    """Put the run's own score into the card of an export with the very weights that were scored."""
+def export_name(steps: int | None, lora: bool = False) -> str:
+    """Name of an export's folder in its run's: that with the run's own number of steps, or that with `steps`."""
+    return ("lora" if lora else "export") + (f"-{steps}" if steps else "")
+
+
+def _repeat_score(run: Path, network: Path, steps: int) -> None:
+    """Put the run's own score into the card of an export with the very weights and steps that were scored."""
     from .metrics.provenance import sha256_of_weights
 
     if (run / RESULTS_NAME).is_file():
         row = json.loads((run / RESULTS_NAME).read_text())
-        if row["weights_sha256"] == sha256_of_weights(network):
+        if row["weights_sha256"] == sha256_of_weights(network) and row.get("steps", steps) == steps:
             update_score(network.parent, row)
 
 
@@ -186,12 +224,17 @@ def finish(trainer: Trainer, options: Any) -> None:
     config, teacher, folder = trainer.config, trainer.teacher, trainer.folder
     picture, target, dtype = folder / "grid.png", folder / "export", DTYPES[config.export_dtype]
     trainer.draw(picture)
-    generator = trainer.averaged()
-    export(generator, teacher, target, dtype, card_of(config, options, teacher))
+    generator, card = trainer.averaged(), card_of(config, options, teacher)
+    if isinstance(generator, GuidedSampler):
+        code = export_guided(generator, teacher, target, dtype, card)
+        print("\n".join([f"picture: {picture}", f"export:  {target}", "", "Use it:", "", code]))
+        return
+    export(generator, teacher, target, dtype, card)
     lines = [f"picture: {picture}", f"export:  {target}"]
-    if config.evaluate and teacher.facts.protocol:
+    if config.evaluate and teacher.facts.protocol and config.only is None:  # a protocol asks for all classes
         lines.append(_score(target, trainer, len(generator.times)))
-    print("\n".join([*lines, "", "Use it:", "", snippet(teacher, target, len(generator.times), dtype)]))
+    code = snippet(teacher, target, len(generator.times), dtype, asked_guidance(generator, card.guidance))
+    print("\n".join([*lines, "", "Use it:", "", code]))
 
 
 def _score(target: Path, trainer: Trainer, steps: int) -> str:

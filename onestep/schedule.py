@@ -1,8 +1,10 @@
 """Noise schedules as pure functions t -> (alpha_t, sigma_t) with x_t = alpha_t x_0 + sigma_t eps.
 
 The time t is the schedule's own: an integer index for VP, a number in (0, 1] for rectified flow, sigma itself for EDM.
+Methods in continuous time also read VP between its indices, where ln(sigma / alpha) is linear in t.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +41,17 @@ class Schedule(ABC):
     def at_rho(self, rho: float) -> float:
         """The time at which sigma_t / alpha_t is nearest to rho. Raises ValueError where rho is out of reach."""
 
+    @abstractmethod
+    def log_range(self) -> tuple[float, float]:
+        """(least, most) ln(sigma_t / alpha_t) that networks are called at; of rectified flow one timestep off the ends."""
+
+    @abstractmethod
+    def time_at(self, q: Tensor) -> Tensor:
+        """The floating-point time at which sigma_t / alpha_t = q, shape (B,); q is cut to the schedule's range.
+
+        Differentiable, forwards too, inside that range; at its very ends a derivative may be zero.
+        """
+
     def __call__(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha_t, sigma_t) shaped (B, 1, ...) to broadcast against `like`, in its precision but at least float32."""
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -71,6 +84,11 @@ class Schedule(ABC):
         )
 
 
+def precise(values: Tensor) -> Tensor:
+    """In float64 where the device has it, else in float32."""
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
 class VP(Schedule):
     """Variance preserving: alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]), t in 0 .. N-1.
 
@@ -78,9 +96,12 @@ class VP(Schedule):
     """
 
     init_sigma = 1.0
+    LEAST = 2.0**-24
+    """Of alphas_cumprod between the indices: schedules that end at zero are given what diffusers' Euler gives them."""
 
     def __init__(self, alphas_cumprod: Tensor):
         self._table = {torch.device("cpu"): alphas_cumprod.detach().to("cpu", torch.float64)}
+        self._logs: dict[torch.device, Tensor] = {}
         self.num_train_timesteps = len(alphas_cumprod)
 
     @classmethod
@@ -92,11 +113,34 @@ class VP(Schedule):
         return self._table[torch.device("cpu")]
 
     def coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """By the table for integer t; for floating t with ln(sigma / alpha) between the indices on a straight line."""
+        if t.is_floating_point():
+            logs = self._log_rho(t.device)
+            below = t.floor().long().clamp(0, len(logs) - 2)
+            log_rho = logs[below] + (t - below) * (logs[below + 1] - logs[below])
+            return (-2 * log_rho).sigmoid().sqrt(), (2 * log_rho).sigmoid().sqrt()
         if t.device not in self._table:  # one copy a device, not one a call
             kind = torch.float32 if t.device.type == "mps" else torch.float64
             self._table[t.device] = self.alphas_cumprod.to(t.device, kind)
         alpha_bar = self._table[t.device][t]
         return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+    def _log_rho(self, device: torch.device) -> Tensor:
+        """ln(sigma / alpha) at every index."""
+        if device not in self._logs:
+            alpha_bar = self.alphas_cumprod.clamp_min(self.LEAST)
+            self._logs[device] = precise((((1 - alpha_bar) / alpha_bar).log() / 2).to(device))
+        return self._logs[device]
+
+    def log_range(self) -> tuple[float, float]:
+        logs = self._log_rho(torch.device("cpu"))
+        return float(logs[0]), float(logs[-1])
+
+    def time_at(self, q: Tensor) -> Tensor:
+        logs = self._log_rho(q.device)
+        log_rho = q.to(logs.dtype).log().clamp(*self.log_range())
+        below = (torch.searchsorted(logs, log_rho.detach()) - 1).clamp(0, len(logs) - 2)
+        return below + (log_rho - logs[below]) / (logs[below + 1] - logs[below])
 
     def timestep(self, t: Tensor) -> Tensor:
         return t
@@ -146,6 +190,13 @@ class RectifiedFlow(Schedule):
     def at_rho(self, rho: float) -> float:
         return 1.0 if rho == float("inf") else rho / (1 + rho)
 
+    def log_range(self) -> tuple[float, float]:
+        most = math.log(self.num_train_timesteps - 1)
+        return -most, most
+
+    def time_at(self, q: Tensor) -> Tensor:
+        return 1 / (1 + 1 / q.double())  # finite at both ends
+
 
 class EDM(Schedule):
     """alpha_t = 1, sigma_t = t; the network is conditioned on noise_scale * ln(sigma), 1/4 in Karras et al. 2022, table 1.
@@ -180,6 +231,12 @@ class EDM(Schedule):
             )
         return rho
 
+    def log_range(self) -> tuple[float, float]:
+        return math.log(self.sigma_min), math.log(self.sigma_max)
+
+    def time_at(self, q: Tensor) -> Tensor:
+        return q.double().clamp(self.sigma_min, self.sigma_max)
+
 
 class LogNormal:
     """Fractions u of a schedule at which ln(sigma/alpha) ~ N(mean, std^2); levels out of reach become the nearest there is.
@@ -201,3 +258,23 @@ class LogNormal:
         low, high = self.log_rho[above - 1], self.log_rho[above]
         part = ((wanted - low) / (high - low)).nan_to_num(0.0).clamp(0, 1)  # 0/0 where two nodes have the same level
         return self.u[above - 1] + part * (self.u[above] - self.u[above - 1])
+
+
+class LogNoise:
+    """ln(sigma/alpha) ~ N(mean, std^2), cut just inside a schedule's range, where `time_at` has a derivative.
+
+    The law of `LogNormal` for methods in continuous time, which want the level itself and not a fraction of the schedule.
+    """
+
+    MARGIN = 1e-6
+
+    def __init__(self, schedule: Schedule, mean: float = 0.0, std: float = 1.0):
+        low, high = schedule.log_range()
+        self.low, self.high, self.mean, self.std = low + self.MARGIN, high - self.MARGIN, mean, std
+
+    def __call__(self, rng: Rng) -> Tensor:
+        """(B,), in float64 where the device has it."""
+        return self.cut(self.mean + self.std * precise(rng.normal(())))
+
+    def cut(self, log_q: Tensor) -> Tensor:
+        return log_q.clamp(self.low, self.high)

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,46 @@ def _main(argv: Sequence[str]) -> int:
     config, options = resolve(
         cls.Config, facts.options(first.method), first.recipe, flags_of(namespace), first.config or "the recipe"
     )
+    several = config.students > 1 and config.only is None
+    students = range(config.students) if several else [config.only]
     if namespace.dry_run:
-        return _dry_run(config, options)
+        return _dry_run(replace(config, only=students[0]), options)
+    from .students import assemble, devices, train_side_by_side
+    from .trainer import accelerator_of
+
+    if several and config.device == "auto" and (places := devices()):
+        if train_side_by_side(config, argv, places):
+            print(assemble(config.group))
+        return 0
+    accelerator = accelerator_of(config)
+    # the first that is asked to stop ends it
+    finished = all(_train(replace(config, only=each), options, cls.Config, namespace.restart) for each in students)
+    if several and finished and accelerator.is_main_process:
+        print(assemble(config.group))
+    accelerator.end_training()
+    return 0
+
+
+def _train(config: TrainConfig, options: Any, method_options: type, restart: bool) -> bool:
+    """One run to its end, exported and scored; False where it was asked to stop."""
     from .run import finish, make_trainer
+    from .students import Part
     from .trainer import accelerator_of
 
     accelerator = accelerator_of(config)
     if accelerator.is_main_process:
-        check_folder(config, options, cls.Config, namespace.restart)
-    with claimed(config, options, namespace.restart, accelerator.is_main_process):
+        check_folder(config, options, method_options, restart)
+    with claimed(config, options, restart, accelerator.is_main_process):
         accelerator.wait_for_everyone()
         trainer = make_trainer(config, options)
+        if isinstance(trainer.data, Part) and accelerator.is_main_process:
+            trainer.data.partition.keep(config.group)
         finished = trainer.run()
     if accelerator.is_main_process and finished:
         finish(trainer, options)
     elif accelerator.is_main_process:
         print(f"stopped and saved at step {trainer.step}; the same command goes on from there")
-    accelerator.end_training()
-    return 0
+    return finished
 
 
 def _dry_run(config: TrainConfig, options: Any) -> int:
@@ -81,6 +104,8 @@ def check_folder(config: TrainConfig, options: Any, method_options: type, restar
                 f"{folder} holds a run with other options ({'; '.join(changed)}); type --output with another folder, "
                 "or --restart to start over there"
             )
+    elif config.only is not None and (config.group / CONFIG_NAME).exists():
+        raise ValueError(f"{config.group} is the run of a single student; type --output with another folder for several")
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds other things than a run; type --output with a new folder")
 

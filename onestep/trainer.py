@@ -232,7 +232,7 @@ class Trainer:
         """The student with its averaged weights."""
         live = self.generator.denoiser
         denoiser = Denoiser(self.average, live.schedule, live.prediction, live.call)
-        return Generator(denoiser, self.generator.times, self.generator.input_scale)
+        return self.generator.around(denoiser)
 
     @torch.no_grad()
     def draw(self, path: Path) -> None:
@@ -256,7 +256,7 @@ class Trainer:
         columns = self.config.grid_columns
         rng = Rng(self.config.seed, -1, columns * min(10, teacher.classes), device=teacher.device)
         cond, uncond = teacher.encode(torch.arange(rng.total, device=teacher.device) // columns)
-        z, *noises = [rng.normal(teacher.shape) for _ in self.generator.times]
+        z, *noises = [rng.normal(teacher.shape) for _ in range(self.generator.draws)]
         guidance, steps = self.objective.guidance, self.config.grid_steps
 
         def sample(of: slice) -> Tensor:

@@ -3,7 +3,8 @@
 With q = sigma / alpha and y = x / alpha, the probability-flow ODE is dy/dq = eps_hat (Song et al. 2021, DDIM, eq. 14).
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence, Set
 
 import torch
 from torch import Tensor
@@ -25,23 +26,57 @@ class Grid:
     sigma = 0, so that what is consistent along a trajectory is x0 there.
     """
 
-    def __init__(self, schedule: Schedule, size: int, top: float | None = None, device: torch.device | str = "cpu"):
-        """`top` is the schedule's time of the last level, by default its end. Raises ValueError where levels coincide."""
+    def __init__(
+        self,
+        schedule: Schedule,
+        size: int,
+        top: float | None = None,
+        device: torch.device | str = "cpu",
+        through: Sequence[float] = (),
+    ):
+        """`top` is the schedule's time of the last level, by default its end. The level nearest to each of the times
+        `through`, such as those of a few-step generator, is moved there. Raises ValueError where levels coincide."""
         start = 1.0 if top is None else schedule.fraction(top)
         times = schedule.grid(size, start)[::-1]
-        if len(set(times)) < size:
-            raise ValueError(f"{size} noise levels are more than this schedule has up to {times[-1]}; type fewer")
-        self.schedule, self.size = schedule, size
+        for time in through:
+            times[min(range(size), key=lambda n: abs(times[n] - time))] = time
+        self.schedule = schedule
+        self._fill(times, set(through), device)
+
+    def _fill(self, times: Sequence[float], through: Set[float], device: torch.device | str) -> None:
+        self.size = len(times)
+        if len(set(times)) < self.size or sorted(times) != list(times):
+            raise ValueError(f"{self.size} noise levels are more than this schedule has up to {times[-1]}; type fewer")
+        if not through <= set(times):
+            raise ValueError(
+                f"{self.size} noise levels are fewer than it takes to hold the times {sorted(through)}; type more"
+            )
         kind = torch.long if isinstance(times[0], int) else torch.float64
         self.times = torch.tensor([times[0], *times], dtype=kind).to(device)
         """By level, shape (size + 1,); that of level 0 is a stand-in which networks may be called at."""
-        alpha, sigma = schedule.coefficients(self.times)
+        alpha, sigma = (each.clone() for each in self.schedule.coefficients(self.times))  # which may be the times
         alpha[0], sigma[0] = 1.0, 0.0
         self.alpha, self.sigma = alpha, sigma
 
-    def time(self, level: Tensor) -> Tensor:
-        """The schedule's time, shape (B,)."""
-        return self.times[level]
+    def finer(self, parts: int) -> "Grid":
+        """The grid with parts - 1 more levels below each of this one's, evenly spaced in the schedule's fraction.
+
+        Level n is level parts * n there. Raises ValueError where levels coincide.
+        """
+        known = self.times[1:].tolist()
+        u = [0.0, *(self.schedule.fraction(time) for time in known)]
+        part = torch.arange(1, parts, dtype=torch.float64) / parts
+        times: list[float] = []
+        for low, high, time in zip(u, u[1:], known):
+            times += [*self.schedule.at(low + (high - low) * part).tolist(), time]
+        grid = copy.copy(self)
+        grid._fill(times, set(), self.times.device)
+        return grid
+
+    def time(self, level: Tensor, like: Tensor | None = None) -> Tensor:
+        """The schedule's time, shape (B,); float64 where it is no index, or in the precision of `like`, float32 at least."""
+        t = self.times[level]
+        return t if like is None or not t.is_floating_point() else t.to(torch.promote_types(like.dtype, torch.float32))
 
     def levels(self, level: Tensor, like: Tensor) -> Levels:
         """(alpha, sigma), shaped to broadcast against `like`, in its precision but at least float32."""
@@ -55,7 +90,7 @@ class Grid:
 
     def consistency(self, denoiser: Denoise, x: Tensor, level: Tensor, cond: Cond) -> Tensor:
         """f(x, level): the denoiser's x0, and x itself at level 0, which is the boundary condition."""
-        x_0 = denoiser(x, self.time(level), cond)
+        x_0 = denoiser(x, self.time(level, x), cond)
         return torch.where((level == 0).view(-1, *(1,) * (x.ndim - 1)), x.to(x_0.dtype), x_0)
 
 
@@ -111,11 +146,14 @@ def heun(x_t: Tensor, x_0: Tensor, here: Levels, there: Levels, x_0_there: Calla
     """A step of second order: DDIM, then the mean of the slopes at both ends; one more call of the network.
 
     The slope is that of x / (alpha + sigma) against sigma / (alpha + sigma), eps_hat - x0, finite at both ends of every
-    schedule. `x_0_there` is the denoiser at the level `there`, whose sigma is not 0.
+    schedule. `x_0_there` is the denoiser at the level `there`. Where that is level 0, a sample without noise has no slope
+    and the step is DDIM's, whose error there is of second order in q of `here`.
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = here, there
     euler = jump(x_t, x_0, here, there)
     after = x_0_there(euler)
-    slopes = [(x_t - alpha_t * x_0) / sigma_t - x_0, (euler - alpha_s * after) / sigma_s - after]
+    noise = (euler - alpha_s * after) / torch.where(sigma_s > 0, sigma_s, 1.0)
+    slopes = [(x_t - alpha_t * x_0) / sigma_t - x_0, noise - after]
     way = sigma_s / (alpha_s + sigma_s) - sigma_t / (alpha_t + sigma_t)
-    return (alpha_s + sigma_s) * (x_t / (alpha_t + sigma_t) + way * (slopes[0] + slopes[1]) / 2)
+    x_s = (alpha_s + sigma_s) * (x_t / (alpha_t + sigma_t) + way * (slopes[0] + slopes[1]) / 2)
+    return torch.where(sigma_s > 0, x_s, euler)

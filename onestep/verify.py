@@ -1,7 +1,8 @@
 """Whether an exported folder makes the generator's pictures, by plain diffusers on the CPU."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .denoiser import Denoiser
-from .generator import Generator
+from .denoiser import Denoiser, body
+from .generator import Generator, part_of
 from .precision import HALVES, full_precision
 from .quiet import quiet
-from .schedule import VP
+from .schedule import VP, RectifiedFlow
 from .teacher import Teacher
 from .teacher.text import TextTeacher
 
@@ -31,52 +32,92 @@ LARGE = 500_000_000
 copy may not fit beside the teacher, and half-precision arithmetic takes a CPU hours."""
 
 
-def verify(folder: Path, network: nn.Module, generator: Generator, teacher: Teacher, dtype: torch.dtype) -> None:
+def verify(
+    folder: Path,
+    network: nn.Module,
+    generator: Generator,
+    teacher: Teacher,
+    dtype: torch.dtype,
+    counts: Sequence[int] = (),
+    guidance: float = 1.0,
+) -> None:
     """Compare the reloaded folder's weights with `network`, and its pictures with those of a generator made of them.
 
-    `network` is the generator's in the folder's `dtype`. Raises RuntimeError where they are not the same, ValueError where
-    the student or `dtype` is not up to it.
+    `network` is the generator's in the folder's `dtype`. `counts` are the numbers of steps to compare, by default that of
+    the generator; with fewer it is `part_of` its chain. A network that takes its guidance as an input is compared at
+    `guidance` and at another. Raises RuntimeError where they are not the same, ValueError where the student or `dtype` is
+    not up to it.
     """
-    large = sum(p.numel() for p in network.parameters()) > LARGE
-    with quiet():  # it warns of half precision on a CPU, which this very run is about
+    values = [guidance, guidance + 1.5] if takes_guidance(network) else [None]
+    # a number of steps each, and each guidance of a network that takes it
+    cases = [(steps, value) for steps in counts or [len(generator.times)] for value in values]
+    with quiet(), ExitStack() as stack:  # it warns of half precision on a CPU, which this very run is about
+        large = is_large(network)
         pipeline = plain_pipeline(folder, dtype if large else torch.float32, teacher.remote_code)
         stored = type(teacher)(pipeline, teacher.facts, teacher.resolution)
+        if isinstance(stored, TextTeacher):
+            stored.use_texts(stored.prompts[: 1 if large else None])  # batches as the pipeline's, to be rounded alike
         check_weights(network, stored.denoiser.network)
         if large:
-            with full_precision(network), _given_float32(stored.denoiser.network):
-                _compare(pipeline, stored, generator, dtype, SEEDS[:1], exact=True)
-            return
-        _compare(pipeline, stored, generator, torch.float32, SEEDS, exact=True)
-        if dtype != torch.float32:
-            _compare(pipeline, stored, generator, dtype, SEEDS, exact=False)
+            stack.enter_context(full_precision(network))
+            stack.enter_context(_given_float32(stored.denoiser.network))
+            if stored.noise_dtype(dtype) != dtype:
+                stack.enter_context(_said_float32(stored.denoiser.network, pipeline.vae))
+            runs = [(dtype, True)]
+        else:
+            runs = [(torch.float32, True)] + [(dtype, False)] * (dtype != torch.float32)
+        for kind, exact in runs:
+            if not large:
+                pipeline.to(kind)  # one that is loaded in half precision has buffers in float32, which this would round
+            for steps, value in cases:
+                stored.facts = teacher.facts if value is None else replace(teacher.facts, embedded_guidance=value)
+                _compare(pipeline, stored, generator, kind, SEEDS[: 1 if large else None], exact, steps)
 
 
 def _compare(
-    pipeline: Any, stored: Teacher, generator: Generator, dtype: torch.dtype, seeds: Sequence[int], exact: bool
+    pipeline: Any, stored: Teacher, generator: Generator, dtype: torch.dtype, seeds: Sequence[int], exact: bool, steps: int
 ) -> None:
     """The pipeline's pictures with its parts in `dtype` against those of a generator around the same weights.
 
     `exact`: arithmetic is in float32, and the pictures are the same to TOLERANCE.
     """
     live = generator.denoiser
-    if isinstance(stored, TextTeacher):
-        stored.use_texts(stored.prompts)
     student = Denoiser(stored.denoiser.network, live.schedule, live.prediction, stored.call)
-    x_0 = own_x0(Generator(student, generator.times, generator.input_scale), stored, dtype, seeds)
+    chain = Generator(student, part_of(generator.times, steps), generator.input_scale)
+    # where arithmetic is in float32 so are a chain's later noises, whatever the first is drawn in
+    x_0 = own_x0(chain, stored, dtype, seeds, torch.float32 if exact else dtype)
     want = pictures_of(x_0, stored)
     if not want.isfinite().all():
         raise ValueError("the student makes pictures with NaN or infinity: export an earlier checkpoint")
-    error = (stock_pictures(pipeline.to(dtype), stored, len(generator.times), seeds) - want).abs()
-    alpha_t, sigma_t = live.schedule.coefficients(generator.time(0, torch.zeros(1)))
-    rho = float(sigma_t / alpha_t) if isinstance(live.schedule, VP) else 1.0
-    allowed = TOLERANCE * min(max(1.0, rho / 10), 20.0)
-    if exact and not error.max() <= allowed and not error.max() <= rounding(x_0, want, stored):
-        raise RuntimeError(f"the exported folder deviates from the generator by {error.max():.3g}, so it is dropped")
+    error = (stock_pictures(pipeline, stored, steps, seeds) - want).abs()
+    if exact and not error.max() <= tolerance_of(generator) and not error.max() <= rounding(x_0, want, stored):
+        raise RuntimeError(
+            f"the exported folder deviates from the generator by {error.max():.3g} at num_inference_steps={steps}, so it is "
+            "dropped"
+        )
     if not error.mean() <= HALF_TOLERANCE:
         raise ValueError(
             f"in {dtype} the exported pictures deviate by {error.mean():.3g} on average, more than "
             f"{HALF_TOLERANCE}; type --export-dtype fp32"
         )
+
+
+def is_large(network: nn.Module) -> bool:
+    """Whether half precision is compared as LARGE says."""
+    return sum(p.numel() for p in network.parameters()) > LARGE
+
+
+def tolerance_of(generator: Generator) -> float:
+    """TOLERANCE for the noise level that the generator starts at."""
+    alpha_t, sigma_t = generator.denoiser.schedule.coefficients(generator.time(0, torch.zeros(1)))
+    rho = float(sigma_t / alpha_t) if isinstance(generator.denoiser.schedule, VP) else 1.0
+    return TOLERANCE * min(max(1.0, rho / 10), 20.0)
+
+
+def takes_guidance(network: nn.Module) -> bool:
+    """Whether a UNet takes its guidance as an input, which stock pipelines then feed by themselves (LCM)."""
+    inner: Any = body(network)
+    return inner.config.get("time_cond_proj_dim") is not None
 
 
 @contextmanager
@@ -95,6 +136,19 @@ def _given_float32(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def _said_float32(*modules: nn.Module) -> Iterator[None]:
+    """The modules say that their dtype is float32: a pipeline that rounds float32 latents to it does not round them."""
+    kinds = [type(module) for module in modules]
+    for module, kind in zip(modules, kinds):
+        module.__class__ = type(kind.__name__, (kind,), {"dtype": torch.float32})
+    try:
+        yield
+    finally:
+        for module, kind in zip(modules, kinds):
+            module.__class__ = kind
 
 
 def _is_half(value: Any) -> bool:
@@ -152,18 +206,29 @@ def pictures_of(x_0: Tensor, teacher: Teacher) -> Tensor:
 
 
 @torch.no_grad()
-def own_x0(generator: Generator, teacher: Teacher, dtype: torch.dtype, seeds: Sequence[int]) -> Tensor:
-    """The generator's x0 from the noise that `stock_pictures` sees, drawn in `dtype`, computed in float32."""
-    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
-    kind = teacher.noise_dtype(dtype)
+def own_x0(
+    generator: Generator,
+    teacher: Teacher,
+    dtype: torch.dtype,
+    seeds: Sequence[int],
+    later: torch.dtype = torch.float32,
+) -> Tensor:
+    """The generator's x0 from the noise that `stock_pictures` sees, computed in float32.
 
-    def draw() -> Tensor:
+    The first noise is that of a pipeline whose parts are of `dtype`, and a chain's later ones are drawn in `later`.
+    """
+    sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+    if isinstance(generator.denoiser.schedule, RectifiedFlow):
+        later = torch.float32  # its scheduler always computes in it
+
+    def draw(kind: torch.dtype) -> Tensor:
         return torch.cat([torch.randn((1, *teacher.shape), generator=each, dtype=kind) for each in sources]).float()
 
-    z, count = draw(), len(generator.times) - 1
+    z, noises = draw(teacher.noise_dtype(dtype)), []
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seeds[0])
-        # a stock pipeline that hands its generators to the first noise alone takes the others from torch's own
-        noises = [draw() if teacher.seeded_chain else torch.randn(z.shape, dtype=kind).float() for _ in range(count)]
+        for _ in generator.times[1:]:
+            # a stock pipeline that hands its generators to the first noise alone takes the others from torch's own
+            noises.append(draw(later) if teacher.seeded_chain else teacher.later_noise(z.shape, later).float())
     cond, _ = teacher.encode(torch.tensor([seed % teacher.classes for seed in seeds]))
     return generator(z, cond, noises)

@@ -32,8 +32,10 @@ def objective(
 ) -> Any:
     """The method on a student that starts as the teacher; by default a one-step one from sigma/alpha = 2.5."""
     times = steps_from(teacher.denoiser.schedule, 2.5, 1) if times is None else times
-    generator = Generator(teacher.copy("student"), times)
-    return kind(kind.Config(**options), teacher, generator, guidance, folder, folder)
+    config = kind.Config(**options)
+    generator = kind.student(config, teacher, len(times)) or Generator(teacher.copy("student"), times)
+    kind.prepare(config, generator)
+    return kind(config, teacher, generator, guidance, folder, folder)
 
 
 def dit() -> Teacher:

@@ -63,7 +63,7 @@ def test_before_anything_is_loaded(refused, tmp_path: Path, argv: list[str], mes
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--data", "missing"], "no data 'missing': allowed are fashion, digits, or a folder"),
+        (["--data", "missing"], "no data 'missing': allowed are fashion, digits, emoji, or a folder"),
         (["--data", "empty"], "empty holds no class folders with images"),
         (["--init-rho", "1000"], "init_rho 1000.0 is outside this teacher's schedule"),
         (["--accumulation", "3"], "batch_size 8 is no multiple of accumulation 3; type for example --batch-size 9"),

@@ -220,7 +220,7 @@ def test_check_says_what_is_kept_and_dropped_and_why(tmp_path: Path, capsys: pyt
         (["check", "digit"], "did you mean --data digits?"),
         (["check", "few", "--min-side", "50"], "no row of few (a folder of pictures) can be used: 4 too small"),
         (["check", "few", "--labels", "required"], "4 no label"),
-        (["check", "notes.doc"], "notes.doc is a .doc file; allowed are fashion, digits, or a folder"),
+        (["check", "notes.doc"], "notes.doc is a .doc file; allowed are fashion, digits, emoji, or a folder"),
         (["check", "empty.txt"], "no row of empty.txt (a file of prompts) can be used: 1 blank line"),
         (["check", "broken.parquet"], "broken.parquet cannot be read as parquet"),
         (["check", "broken.tar"], "broken.tar is no whole tar file"),

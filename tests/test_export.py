@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,8 @@ from torch import Tensor
 from onestep import export as exporting
 from onestep import verify as verifying
 from onestep.card import Card, snippet, update_score
-from onestep.denoiser import Denoiser
 from onestep.export import export, scheduler_for
 from onestep.generator import Generator
-from onestep.prediction import PREDICTIONS
-from onestep.schedule import RectifiedFlow
 from onestep.teacher import DiTTeacher, EDMTeacher, Facts, Teacher
 
 CARD = Card("dmd2", "fashion", 1.5, "Apache-2.0; trained on Fashion-MNIST (MIT)", {"lr": 1e-4}, command="train it")
@@ -177,7 +175,7 @@ def test_live_networks_are_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("times", ([999, 749, 499, 249], [439, 329, 219, 109], [439, 293, 147], [999, 666, 333]))
 def test_lcm_visits_the_chains_times(times: list[int]) -> None:
     generator, teacher = student(DiTTeacher, dit_pipeline(), times)
-    scheduler = scheduler_for(generator, teacher.pipeline.scheduler)
+    scheduler = scheduler_for(generator, teacher)
     scheduler.set_timesteps(len(times))
     assert scheduler.timesteps.tolist() == times
 
@@ -185,23 +183,50 @@ def test_lcm_visits_the_chains_times(times: list[int]) -> None:
 def test_a_chain_that_lcm_cannot_visit_is_refused() -> None:
     generator, teacher = student(DiTTeacher, dit_pipeline(), [440, 400, 7])
     with pytest.raises(ValueError, match="--student-steps"):
-        scheduler_for(generator, teacher.pipeline.scheduler)
+        scheduler_for(generator, teacher)
     generator, teacher = student(EDMTeacher, edm_pipeline(), [80.0, 24.4, 5.8])
     with pytest.raises(ValueError, match="--student-steps"):
-        scheduler_for(generator, teacher.pipeline.scheduler)
+        scheduler_for(generator, teacher)
 
 
-def test_flow_is_one_exact_euler_step() -> None:
-    denoiser = Denoiser(torch.nn.Identity(), RectifiedFlow(shift=3.0), PREDICTIONS["flow_prediction"])
-    scheduler = scheduler_for(Generator(denoiser, [1.0]), None)
-    scheduler.set_timesteps(1)
-    assert scheduler.timesteps.tolist() == [1000.0]
-    z, v = torch.randn(2, 4, 8, 8).double(), torch.randn(2, 4, 8, 8).double()
-    (x_0,) = scheduler.step(v, scheduler.timesteps[0], z, return_dict=False)
-    alpha_t, sigma_t = denoiser.schedule(torch.ones(2), z)
-    assert torch.equal(x_0, denoiser.prediction.to_x0(v, z, alpha_t, sigma_t))
-    with pytest.raises(ValueError, match="--init-rho"):
-        scheduler_for(Generator(denoiser, [0.7]), None)
+@pytest.mark.parametrize(
+    ("case", "counts"),
+    [("chain from the end", [1, 2, 4]), ("chain", [1, 2, 4]), ("uneven chain", [1, 3]), ("edm chain", [1, 2, 4])],
+)
+def test_one_export_answers_several_numbers_of_steps(
+    case: str, counts: list[int], tmp_path: Path, stock: Stock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, teacher = CASES[case]()
+    compared = []
+    honest = verifying.stock_pictures
+    monkeypatch.setattr(
+        verifying, "stock_pictures", lambda *args: (compared.append((args[2], args[0].dtype)), honest(*args))[1]
+    )
+    export(generator, teacher, tmp_path / "out", torch.bfloat16, CARD)
+    assert compared == [(count, kind) for kind in (torch.float32, torch.bfloat16) for count in counts]
+    text = (tmp_path / "out/README.md").read_text()
+    export(generator, teacher, tmp_path / "out", torch.float32, CARD)
+    for count in counts:
+        part = Generator(generator.denoiser, generator.times[:: len(generator.times) // count], generator.input_scale)
+        assert (stock.pictures(tmp_path / "out", count) - own_pictures(part, teacher)).abs().max() <= 1e-5
+        assert f"{count}, at {', '.join(f'{t:g}' for t in part.times)};" in text
+    assert "other numbers of steps visit other times" in text
+
+
+def test_every_number_of_steps_on_the_card_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator, teacher = CASES["chain"]()
+    honest = verifying.stock_pictures
+    monkeypatch.setattr(verifying, "stock_pictures", lambda *args: honest(*args) + 2e-5 * (args[2] == 2))
+    with pytest.raises(RuntimeError, match=r"deviates .* at num_inference_steps=2"):
+        export(generator, teacher, tmp_path / "out", torch.float32, CARD)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_student_of_other_steps_says_so(tmp_path: Path) -> None:
+    generator, teacher = CASES["epsilon"]()
+    card = replace(CARD, config={"student_steps": 4})
+    export(generator, teacher, tmp_path / "out", torch.float32, card)
+    assert "1, at 439; trained with student_steps 4; other" in (tmp_path / "out/README.md").read_text()
 
 
 @pytest.mark.parametrize(("case", "scale", "answer"), (("epsilon", 2.5, "unit"), ("edm 80", 1.0, "sigma")))

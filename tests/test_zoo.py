@@ -107,13 +107,14 @@ def test_the_table_and_the_pictures(whole: Path):
     lines = (whole / "zoo.md").read_text().splitlines()
     assert lines[0].startswith("teacher digits; minutes of CPU time per thread 0.02; batch size 8; protocol digits-1797; ")
     rows = [line.split(" | ") for line in lines if line.startswith("| ")]
-    assert {len(row) for row in rows} == {15} and [row[0] for row in rows] == [
+    assert {len(row) for row in rows} == {16} and [row[0] for row in rows] == [
         "| method",
         "| dmd2",
         "| plain",
         "| diverging",
     ]
-    assert rows[2][1].startswith("method dmd2, gan 0, gan_critic 0, ratio 2") and rows[3][8] == "-"
+    assert rows[2][1].startswith("method dmd2, gan 0, gan_critic 0, ratio 2") and rows[3][9] == "-"
+    assert [row[3] for row in rows] == ["steps", "1", "1", "-"]
     with Image.open(whole / "zoo.png") as sheet:
         shares = [sheet.crop((i * sheet.width // 3, 44, (i + 1) * sheet.width // 3, sheet.height)) for i in range(3)]
         assert sheet.height == 44 + 20 * 72 + 8 and len({share.tobytes() for share in shares}) == 3
@@ -165,7 +166,11 @@ def test_a_killed_comparison_goes_on_and_counts_what_was_spent(tmp_path: Path):
 
 
 def test_a_stop_is_no_row(whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(zoo, "train", lambda *args: None)
+    def train(*args: Any) -> Iterator[Any]:
+        raise zoo.Stopped
+        yield
+
+    monkeypatch.setattr(zoo, "train", train)
     assert zoo.main([*argv(whole.parent), "--methods", "dmd2,plain", "--seeds", "0,7"]) == 130
     assert "stopped in dmd2, seed 7; the same command goes on" in capsys.readouterr().out
     assert len(zoo.rows_of(whole / "zoo.jsonl")) == 3
@@ -174,14 +179,54 @@ def test_a_stop_is_no_row(whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_an_entry_that_does_not_fit_stops_no_other(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    def train(job: Any, entry: Any) -> Any:
-        if entry.seed == 8:
-            raise ValueError("no way")
+    def train(job: Any, entry: Any, counts: Any) -> Iterator[Any]:
+        raise ValueError("no way") if entry.seed == 8 else zoo.Stopped
+        yield
 
     monkeypatch.setattr(zoo, "train", train)
     assert zoo.main([*argv(whole.parent), "--methods", "plain", "--seeds", "8,9"]) == 130
     captured = capsys.readouterr()
     assert captured.err == "error: plain, seed 8: no way\n" and "stopped in plain, seed 9" in captured.out
+
+
+# Numbers of steps
+
+
+def test_one_training_is_scored_at_several_numbers_of_steps(
+    whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    before = zoo.rows_of(whole / "zoo.jsonl")
+    checkpoints = sorted((whole / "plain-seed-0/checkpoints").iterdir())
+    monkeypatch.setattr(zoo.Timed, "update", lambda self: pytest.fail("trained again"))
+    command = [*argv(whole.parent), "--methods", "plain", "--steps", "1,2,4"]
+    honest = zoo.evaluate
+
+    def evaluate(folder: Path, *args: Any, **kwargs: Any) -> Any:
+        if kwargs["steps"] == 4:
+            raise ValueError("cut off")
+        return honest(folder, *args, **kwargs)
+
+    monkeypatch.setattr(zoo, "evaluate", evaluate)
+    assert zoo.main(command) == 2 and "plain, seed 0: cut off" in capsys.readouterr().err
+    monkeypatch.setattr(zoo, "evaluate", honest)
+    assert zoo.main(command) == 0
+    rows = zoo.rows_of(whole / "zoo.jsonl")
+    assert rows[: len(before)] == before and [row["steps"] for row in rows[len(before) :]] == [2, 4]  # 2 not twice
+    assert sorted((whole / "plain-seed-0/checkpoints").iterdir()) == checkpoints
+    one, two, four = before[1], *rows[len(before) :]
+    for row, name in ((two, "export-2"), (four, "export-4")):
+        assert row["export"].endswith(f"plain-seed-0/{name}") and row["passes_per_image"] == row["steps"]
+        for key in ("seconds", "iterations", "weights_sha256", "protocol", "seeds", "passes"):
+            assert row[key] == one[key], key
+        text = (whole / f"plain-seed-0/{name}/README.md").read_text()
+        assert f"| FD | {row['FD']} |" in text and "trained with student_steps 1" in text
+    assert len({one["FD"], two["FD"], four["FD"]}) == 3
+    assert f"| FD | {one['FD']} |" in (whole / "plain-seed-0/export/README.md").read_text()
+    lines = [line.split(" | ") for line in (whole / "zoo.md").read_text().splitlines() if line.startswith("| plain")]
+    assert [(line[3], line[4]) for line in lines] == [(str(row["steps"]), f"{row['FD']:.2f}") for row in (one, two, four)]
+    with Image.open(whole / "zoo.png") as sheet:
+        assert sheet.width > 5 * 72  # the teacher, dmd2, and plain at three numbers of steps
+    (whole / "zoo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
 
 
 # Counting and planning
@@ -273,9 +318,9 @@ def test_a_plan_is_kept_and_belongs_to_one_job(tmp_path: Path, monkeypatch: pyte
 
 def test_a_run_of_other_options_is_not_resumed(whole: Path):
     job = zoo.Job("digits", None, 60 * MINUTES, 1, zoo.PROTOCOLS["digits-1797"], whole)
-    given = dict(zoo.entries_in(whole.parent / "entries.yaml", None)["plain"][1])
+    given = zoo.entries_in(whole.parent / "entries.yaml", None)["plain"].options
     with pytest.raises(ValueError, match=r"plain-seed-0 holds a run of other options \(ratio: 2 -> 3"):
-        zoo.train(job, zoo.Entry("plain", "dmd2", given | {"ratio": 3}, 0))
+        list(zoo.train(job, zoo.Entry("plain", "dmd2", given | {"ratio": 3}, 0), [1]))
 
 
 # Rows, entries, flags
@@ -285,8 +330,10 @@ def test_means_over_seeds(whole: Path):
     row = zoo.rows_of(whole / "zoo.jsonl")[0]
     twice = [{**row, "FD": value, "precision": value / 10, "seed": seed} for seed, value in enumerate((2.0, 4.0))]
     assert zoo.over_seeds([row]) == []
-    assert zoo.over_seeds([*twice, {**row, "name": "other"}])[2].startswith("| dmd2 | 2 | 3.000 ± 1.414 | 0.300 ± 0.141 |")
-    assert "| dmd2 | 2 |" in zoo.table(twice)
+    more = [*twice, {**row, "name": "other"}, {**row, "steps": 4}]
+    assert zoo.over_seeds(more)[2:] == zoo.over_seeds(twice)[2:]
+    assert zoo.over_seeds(more)[2].startswith("| dmd2 | 1 | 2 | 3.000 ± 1.414 | 0.300 ± 0.141 |")
+    assert "| dmd2 | 1 | 2 |" in zoo.table(twice)
 
 
 def test_a_torn_line_costs_no_other(tmp_path: Path):
@@ -310,10 +357,15 @@ def test_the_entries_of_the_project_resolve_to_what_they_say(teacher: str, tmp_p
 
 
 def test_methods_are_taken_from_the_file_or_plain(tmp_path: Path):
-    (tmp_path / "e.yaml").write_text("dmd2: {gan: 0}\nother: {method: sid}\n")
-    assert zoo.entries_in(tmp_path / "e.yaml", ["sid", "dmd2"]) == {"sid": ("sid", {}), "dmd2": ("dmd2", {"gan": 0})}
-    assert zoo.entries_in(tmp_path / "e.yaml", None)["other"] == ("sid", {})
-    assert zoo.entries_in(None, ["dmd2"]) == {"dmd2": ("dmd2", {})}
+    path = tmp_path / "e.yaml"
+    path.write_text("dmd2: {gan: 0, steps: [1, 4, 4]}\nother: {method: sid, steps: 3}\n")
+    plain = zoo.Entry("sid", "sid", {}, 0)
+    first = zoo.Entry("dmd2", "dmd2", {"gan": 0}, 0, (1, 4))
+    assert list(zoo.entries_in(path, ["sid", "dmd2"]).values()) == [plain, first]
+    assert zoo.entries_in(path, None)["other"] == zoo.Entry("other", "sid", {"steps": 3}, 0)  # of methods that have such
+    assert zoo.entries_in(None, ["dmd2"]) == {"dmd2": zoo.Entry("dmd2", "dmd2", {}, 0)}
+    given = ["--entries", str(path), "--output", str(tmp_path), "--methods", "dmd2", "--teacher", "digits"]
+    assert [zoo.parse([*given, *flags])[1][0].steps for flags in ([], ["--steps", "2,1"])] == [(1, 4), (2, 1)]
     job, entries = zoo.parse(["--methods", "dmd2", "--seeds", "3,1,3", "--data", "digits", "--output", str(tmp_path)])
     assert [entry.seed for entry in entries] == [3, 1] and job.resolved(entries[0])[0].data == "digits"
 
@@ -330,6 +382,9 @@ def test_methods_are_taken_from_the_file_or_plain(tmp_path: Path):
         ("dmd2: {}", ["--minutes", "0"], "--minutes 0.0"),
         ("dmd2: {}", ["--seeds", "one"], "--seeds one"),
         ("dmd2: {}", ["--threads", "0"], "--threads 0"),
+        ("dmd2: {steps: [1, x]}", [], r"steps of dmd2 in .*'x'\] is not allowed; .* type for example 1,2,4"),
+        ("dmd2: {steps: 4}", [], "no option 'steps' in the entry dmd2"),
+        ("dmd2: {}", ["--steps", "1,0"], r"--steps: \[1, 0\] is not allowed"),
         ("dmd2: {}", ["--teacher", "sdxl"], "no protocol is known for sdxl; type --protocol"),
         ("dmd2: {}", ["--protocol", "fashion"], "no protocol 'fashion'"),
     ],

@@ -13,7 +13,7 @@ from ..objectives.base import Batch
 from ..rng import Rng
 from ..teacher import Teacher
 from .clean import Needs, Report, each_picture, scanned
-from .images import EMBEDDED, fitted, load_embedded
+from .images import EMBEDDED, LABELLED, fitted, load_embedded
 from .keys import encoder_key
 from .rows import Row, Source, decode
 from .shards import Rows, Shards
@@ -65,7 +65,7 @@ class Data:
             if name not in EMBEDDED:
                 open_source(name)  # what is named should be there, also where it is not used
             return cls(None, None, teacher.classes, seed)
-        if name in EMBEDDED and not text:
+        if name in LABELLED and not text:
             images, labels = load_embedded(name)
             if tuple(images.shape[1:]) == (teacher.image_shape[0], teacher.image_shape[1], teacher.image_shape[1]):
                 return cls(_encoded(images, teacher), _conditions(labels, teacher, name), teacher.classes, seed)

@@ -6,12 +6,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..denoiser import body
 from ..teacher import Teacher
 
 
 def weights_key(module: nn.Module) -> str:
     """A hash of a module's class and of the names, dtypes, shapes and bits of its tensors."""
     digest = hashlib.sha256(type(module).__name__.encode())
+    if body(module) is not module:  # adapters, whose base is not registered with them
+        digest.update(weights_key(body(module)).encode())
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

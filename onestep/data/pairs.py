@@ -1,6 +1,7 @@
 """Cached pairs of noise and teacher sample."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..rng import Rng
 from ..teacher import Teacher
 from .keys import weights_key
-from .shards import INDEX, Rows, Shards
+from .shards import INDEX, Rows, Shards, locked, write_json
 
 ROWS_PER_SHARD = 256
 
@@ -18,7 +19,11 @@ class PairCache:
     """(z, teacher sample, condition) triples on disk, made once for a (teacher, count, steps, guidance, seed, sampler).
 
     They are found again later; making them goes on where it was killed. `half` keeps the samples in fp16, at half their
-    size. The teacher makes `batch` of them at once, on which nothing else depends.
+    size. The teacher makes `batch` of them at once, on which nothing else depends. Their size is printed before they are.
+
+    `note` is for a teacher whose network is in training: a file that holds the key of the weights which the samples are
+    of. With `now` these are the network's weights of this moment, and the file is written; else it is read, and the samples
+    have to be there already. Raises ValueError where they are not.
     """
 
     def __init__(
@@ -32,6 +37,8 @@ class PairCache:
         half: bool = False,
         sampler: str = "ddim",
         batch: int = 128,
+        note: Path | None = None,
+        now: bool = True,
     ):
         self.teacher, self.count, self.steps, self.guidance, self.seed = teacher, count, steps, guidance, seed
         self.sampler, self.batch = sampler, batch
@@ -40,7 +47,7 @@ class PairCache:
         key = {
             "teacher": type(teacher).__name__,
             "shape": list(teacher.shape),
-            "weights": weights_key(teacher.denoiser.network),
+            "weights": noted(note) if note and not now else weights_key(teacher.denoiser.network),
             "scheduler": repr(scheduler),
             "steps": steps,
             "guidance": guidance,
@@ -50,7 +57,12 @@ class PairCache:
             "conditions": hashlib.sha256(repr(teacher.named(list(range(teacher.classes)))).encode()).hexdigest(),
         }
         place = Shards.folder_of(folder, "pairs", key, count, ROWS_PER_SHARD)
+        if note and now:
+            with locked(note.parent, f"{note.name}.lock"):
+                write_json(note, {"weights": key["weights"]})
         if not (place / INDEX).is_file():
+            if note and not now:
+                raise ValueError(f"the pairs in {place}, which this run has made, are not there: type --restart")
             size = count * (torch.Size(teacher.shape).numel() * (4 + self.kept.itemsize) + 8)
             print(f"{count:,} pairs, {size / 1e6:,.1f} MB in {place}", flush=True)
         self.rows = Shards.build(folder, "pairs", key, count, self._make, ROWS_PER_SHARD).to(teacher.device)
@@ -71,3 +83,11 @@ class PairCache:
         """A batch drawn with replacement: noise and sample (B, ...), conditions (B,)."""
         rows = self.rows[rng.integers(self.count)]
         return rows["z"], rows["y"].to(rows["z"].dtype), rows["conditions"]
+
+
+def noted(note: Path) -> str:
+    """The key that a note holds. Raises ValueError where it is missing or damaged."""
+    try:
+        return str(json.loads(note.read_text())["weights"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{note}, which this run has written, cannot be read: start over with --restart") from error

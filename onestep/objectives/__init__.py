@@ -18,9 +18,22 @@ OBJECTIVES: dict[str, str] = {
     "ladd": "onestep.objectives.ladd:LADD",
     "sfd": "onestep.objectives.sfd:SFD",
     "regression": "onestep.objectives.regression:Regression",
+    "score-matching": "onestep.objectives.score_matching:ScoreMatching",
+    "kd": "onestep.objectives.kd:KD",
+    "hipa": "onestep.objectives.hipa:HiPA",
+    "instaflow": "onestep.objectives.instaflow:InstaFlow",
+    "boot": "onestep.objectives.boot:BOOT",
     "vsd": "onestep.objectives.vsd:VSD",
     "sds": "onestep.objectives.sds:SDS",
     "asd": "onestep.objectives.sds:ASD",
+    "agd": "onestep.objectives.agd:AGD",
+    "cd": "onestep.objectives.cd:CD",
+    "lcm": "onestep.objectives.lcm:LCM",
+    "scott": "onestep.objectives.scott:SCott",
+    "hyper-sd": "onestep.objectives.hyper_sd:HyperSD",
+    "hyper-sd-score": "onestep.objectives.hyper_sd_score:HyperSDScore",
+    "scm": "onestep.objectives.scm:SCM",
+    "meanflow": "onestep.objectives.meanflow:MeanFlow",
 }
 
 __all__ = ["OBJECTIVES", "Batch", "Objective", "objective_class"]

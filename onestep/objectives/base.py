@@ -39,6 +39,11 @@ class Objective(ABC):
         self.log: dict[str, Tensor] = {}
 
     @classmethod
+    def student(cls, config: Any, teacher: Teacher, steps: int) -> Generator | None:
+        """A student of the method's own, of so many network calls a sample; None: a copy of the teacher."""
+        return None
+
+    @classmethod
     def prepare(cls, config: Any, generator: Generator) -> None:
         """Change the student's network before anything is made of it, where a method trains inputs that it lacks."""
         return None

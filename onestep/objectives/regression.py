@@ -4,8 +4,9 @@ The student starts from noise and is regressed on what the teacher's determinist
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import MethodConfig, option
 from ..data import PairCache
+from ..teacher import Teacher
 from .base import Batch, Objective
 
 
@@ -23,7 +25,11 @@ class RegressionConfig(MethodConfig):
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta1": 0.9}
 
-    distance: str = option("pseudo-huber", "distance to the teacher", choices=("l2", "pseudo-huber", "lpips"))
+    distance: str = option(
+        "pseudo-huber",
+        "distance to the teacher; lpips and dists need packages",
+        choices=("l2", "pseudo-huber", "lpips", "dists"),
+    )
     huber: float = option(0.0, "c of the pseudo-Huber distance; 0 means 0.00054 sqrt(dimension)", minimum=0.0)
     pairs: int = option(2048, "pairs of noise and teacher sample", minimum=1)
     pair_steps: int = option(50, "teacher steps for each pair", minimum=1)
@@ -50,36 +56,47 @@ class Regression(Objective):
     """min_G E d(G(z), y_z) over pairs (z, y_z)."""
 
     Config = RegressionConfig
+    one_step: ClassVar[bool] = False
+    """Whether a student of several steps is refused, of which pairs teach the first alone."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        c, steps = self.config, len(self.generator.times)
+        if self.one_step and steps > 1:
+            raise ValueError(
+                f"{type(self).__name__} would train the first of {steps} student steps alone; type --student-steps 1"
+            )
+        make = PERCEPTUAL.get(c.distance)
+        self.perceptual = make(self.teacher.device) if make else None
+        self.pairs = self.pairs_of(self.folder, self.teacher, self.guidance)
+
+    def pairs_of(self, folder: Path, teacher: Teacher, guidance: float, **more: Any) -> PairCache:
+        """The pairs that the options ask for, of that teacher; `more` is what else `PairCache` takes."""
         c = self.config
-        self.perceptual = lpips_on(self.teacher.device) if c.distance == "lpips" else None
-        self.pairs = PairCache(
-            self.folder,
-            self.teacher,
-            c.pairs,
-            c.pair_steps,
-            self.guidance,
-            half=c.pair_half,
-            sampler=c.pair_sampler,
-            batch=c.pair_batch,
-        )
+        how = {"half": c.pair_half, "sampler": c.pair_sampler, "batch": c.pair_batch}
+        return PairCache(folder, teacher, c.pairs, c.pair_steps, guidance, **how, **more)
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         return {"generator": [self.generator.denoiser]}
 
     def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
         z, y, conditions = self.pairs.draw(batch.rng)
-        loss = self._distance(self.generator.first(z, self.teacher.encode(conditions)[0]), y)
+        loss = self.distance(self.generator.first(z, self.teacher.encode(conditions)[0]), y)
         self.log["regression"] = loss.detach()
         yield "generator", loss
 
-    def _distance(self, x: Tensor, y: Tensor) -> Tensor:
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """d(x, y) of two batches in x0 units, shape (B, ...); y has no gradient."""
+        if self.perceptual is None:
+            return self.compare(x, y)
+        with torch.no_grad():
+            target = self.teacher.decode(y)
+        return self.compare(self.teacher.decode(x), target)
+
+    def compare(self, x: Tensor, y: Tensor) -> Tensor:
+        """The distance asked for, a mean over the batch: of pictures where it is perceptual, else of anything."""
         if self.perceptual is not None:
-            with torch.no_grad():
-                target = self.teacher.decode(y)
-            return self.perceptual(self.teacher.decode(x).float(), target.float()).mean()
+            return self.perceptual(x.float(), y.float()).mean()
         if self.config.distance == "l2":
             return l2(x, y)
         return pseudo_huber(x, y, self.config.huber or 0.00054 * math.sqrt(x[0].numel()))
@@ -96,3 +113,32 @@ def lpips_on(device: torch.device) -> nn.Module:
             f"LPIPS cannot be had: {error}. Type pip install lpips; its VGG weights are downloaded on first use. "
             "Or type --distance pseudo-huber"
         ) from error
+
+
+class Dists(nn.Module):
+    """DISTS (Ding et al. 2020) of pictures in [-1, 1], of one channel or three."""
+
+    def __init__(self, metric: nn.Module):
+        super().__init__()
+        self.metric = metric
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x, y = (each.expand(-1, 3, -1, -1) / 2 + 0.5 for each in (x, y))
+        return self.metric(x, y, require_grad=True)
+
+
+def dists_on(device: torch.device) -> nn.Module:
+    """DISTS on VGG features. Raises ValueError where the package or its weights cannot be had."""
+    try:
+        from DISTS_pytorch import DISTS
+
+        return Dists(DISTS()).eval().requires_grad_(False).to(device)
+    except Exception as error:
+        raise ValueError(
+            f"DISTS cannot be had: {error}. Type pip install dists-pytorch; its VGG weights are downloaded on first use. "
+            "Or type --distance pseudo-huber"
+        ) from error
+
+
+PERCEPTUAL: dict[str, Callable[[torch.device], nn.Module]] = {"lpips": lpips_on, "dists": dists_on}
+"""Distances of pictures, which the teacher's decoder makes of x0."""

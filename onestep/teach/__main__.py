@@ -1,4 +1,4 @@
-"""python -m onestep.teach fashion|digits: train an embedded teacher from its data."""
+"""python -m onestep.teach fashion|digits|emoji: train an embedded teacher from its data."""
 
 import argparse
 import sys
@@ -13,11 +13,12 @@ from ..options import options_of
 
 def main() -> int:
     """The command line; bad input is one line on stderr and exit code 2."""
-    from . import digits, fashion
+    from . import digits, emoji, fashion
 
     teachers: dict[str, tuple[type, Callable[..., None]]] = {
         "fashion": (fashion.FashionConfig, fashion.teach),
         "digits": (digits.DigitsConfig, digits.teach),
+        "emoji": (emoji.EmojiConfig, emoji.teach),
     }
     parser = Parser(prog="python -m onestep.teach", description=__doc__, allow_abbrev=False)
     parser.add_argument("teacher", choices=list(teachers))

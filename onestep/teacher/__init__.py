@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..config import TrainConfig
+from ..guidance_adapter import SUBFOLDER, GuidanceAdapter
 from ..quiet import quiet
 from .base import Copies, Facts, Teacher
 from .dit import DiTTeacher
@@ -103,6 +104,8 @@ def load_teacher(
     except ValueError as error:
         raise ValueError(f"the teacher {name!r} cannot be used: {error}") from error
     _compare(name, teacher)
+    if (Path(source) / SUBFOLDER).is_dir():
+        teacher.adopt(GuidanceAdapter.from_pretrained(source, subfolder=SUBFOLDER))
     return teacher.to(device)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from ..checkpointing import enable
 from ..denoiser import Cond, Denoiser, body, call_network, guided
+from ..guidance_adapter import GuidanceAdapter
+from ..guided import Guided, told
 from ..lora import Adapter, plain, unused
 from ..prediction import prediction_of
 from ..schedule import Schedule
@@ -121,7 +123,7 @@ class Teacher(ABC):
 
         It stays in eval mode: distillation runs without dropout, as DMD2 does.
         """
-        network: nn.Module = self.denoiser.network
+        network: nn.Module = body(self.denoiser.network)
         if player in self.copies.lora:
             seed = zlib.crc32(player.encode())  # players start from different ones
             name = unused(network, player)
@@ -132,8 +134,20 @@ class Teacher(ABC):
             enable(trained)
         return self._denoiser(trained)
 
+    def guided_by(self, adapter: GuidanceAdapter) -> Denoiser:
+        """A denoiser on the teacher's own network that takes its guidance as an input, by these adapters."""
+        network, plain = Guided(body(self.denoiser.network), adapter), self.denoiser
+        taps = self.taps(network.base)
+        return Denoiser(network, plain.schedule, plain.prediction, told(self.call), taps, self.tap_output)
+
+    def adopt(self, adapter: GuidanceAdapter) -> None:
+        """Guide by these adapters from now on, in one pass. Raises ValueError where they are those of another network."""
+        adapter.check(body(self.denoiser.network))
+        self.denoiser = self.guided_by(adapter.eval().requires_grad_(False))
+
     def to(self, device: torch.device | str) -> "Teacher":
         self.pipeline.to(device)
+        self.denoiser.to(device)  # adapters are no part of the pipeline
         return self
 
     def rest(self) -> None:
@@ -160,7 +174,7 @@ class Teacher(ABC):
         """
         from diffusers.hooks import apply_group_offloading
 
-        network, self._computes_on = self.denoiser.network, self.device
+        network, self._computes_on = body(self.denoiser.network), self.device
         network.register_forward_pre_hook(_refuse_gradient, with_kwargs=True)
         apply_group_offloading(
             network,
@@ -259,6 +273,14 @@ class Teacher(ABC):
     def noise_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """In which dtype the stock pipeline draws its noise where its parts are of `dtype`."""
         return dtype
+
+    def later_noise(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A chain's later noise, (B, *shape of x0), as the stock pipeline draws it from torch's own generator."""
+        return torch.randn(shape, dtype=dtype)
+
+    def spacing(self, steps: int) -> dict[str, Any]:
+        """What the stock pipeline gives its scheduler to set `steps` times by, beside their number; by default nothing."""
+        return {}
 
     def complete(self, pipeline: Any) -> None:
         """Note in a new pipeline of this family what its class would lose when it is saved; by default nothing."""

@@ -1,6 +1,7 @@
 """Flux."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ class FluxTeacher(TextTeacher):
     network_name = "transformer"
     tap_output = 1
     encoders = ("text_encoder", "text_encoder_2")
+    seeded_chain = False
 
     @property
     def native_resolution(self) -> int:
@@ -70,10 +72,23 @@ class FluxTeacher(TextTeacher):
         txt_ids = img_ids.new_zeros(cond["encoder_hidden_states"].shape[1], 3)
         # the network multiplies the time by 1000 itself
         out = network(packed, timestep=timestep / 1000, img_ids=img_ids, txt_ids=txt_ids, return_dict=False, **cond)[0]
-        return out.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+        return unpacked(out, x.shape)
 
     def arguments(self, conditions: list[int]) -> dict[str, Any]:
         return super().arguments(conditions) | {"guidance_scale": self.embedded_guidance}
+
+    def later_noise(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        b, c, h, w = shape  # the pipeline's scheduler sees tokens
+        return unpacked(torch.randn(b, h * w // 4, 4 * c, dtype=dtype), shape)
+
+    def spacing(self, steps: int) -> dict[str, Any]:
+        return {"sigmas": [1 - k / steps for k in range(steps)]}
+
+
+def unpacked(tokens: Tensor, shape: Sequence[int]) -> Tensor:
+    """Latents of that shape, (B, C, H, W), from tokens of 2x2 of them, shape (B, H W / 4, 4 C)."""
+    b, c, h, w = shape
+    return tokens.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
 def shift_of(config: Any, tokens: int) -> float:

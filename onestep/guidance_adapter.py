@@ -1,0 +1,270 @@
+"""Guidance adapters: classifier-free guidance in one pass of the network (AGD, arXiv 2503.07274).
+
+A pipeline in one file, which imports torch and diffusers alone. For a folder that holds it as pipeline.py, beside its
+adapters in guidance_adapter/, or for any checkpoint of the same base:
+
+    pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
+    pipe(..., guidance_scale=4.0)
+
+    pipe = DiffusionPipeline.from_pretrained(OTHER, custom_pipeline="adapter_guidance.py", trust_remote_code=True)
+    pipe.load_adapter(FOLDER)
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+SUBFOLDER = "guidance_adapter"
+"""Where an exported folder keeps its adapters."""
+WAVES = 16
+
+
+class ScalarEncoder(nn.Module):
+    """LayerNorm(W2 relu(W1 f(w))), f the sines and cosines of pi w 2^(-k / 2), k = 0 .. 15; (B,) -> (B, hidden)."""
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.first, self.second = nn.Linear(2 * WAVES, 4 * hidden), nn.Linear(4 * hidden, hidden)
+        self.norm = nn.LayerNorm(hidden)
+
+    def forward(self, w: Tensor) -> Tensor:
+        angles = torch.pi * w[:, None] * 2 ** (-torch.arange(WAVES, dtype=w.dtype, device=w.device) / 2)
+        return self.norm(self.second(F.relu(self.first(torch.cat([angles.sin(), angles.cos()], dim=1)))))
+
+
+class Offset(nn.Module):
+    """One vector for all tokens of a block, W2 silu(W1 c) with c = w + t + the mean of the prompt; zero at first."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.first, self.last = nn.Linear(hidden, hidden), zeroed(nn.Linear(hidden, width))
+
+    def forward(self, hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        total = tokens[:, 0] + tokens[:, 1]
+        if tokens.shape[1] > 2:
+            total = total + mean(tokens[:, 2:], None if mask is None else mask[:, 2:])
+        return self.last(F.silu(self.first(total)))[:, None]
+
+
+class Attention(nn.Module):
+    """Attention of one head from a block's input to the tokens [w, t, prompt ...]; zero at first."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.query, self.last = nn.Linear(width, hidden), zeroed(nn.Linear(hidden, width))
+        self.key, self.value = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
+
+    def forward(self, hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        seen = None if mask is None else mask[:, None]
+        return self.last(
+            F.scaled_dot_product_attention(self.query(hidden), self.key(tokens), self.value(tokens), attn_mask=seen)
+        )
+
+
+KINDS: dict[str, Callable[[int, int], nn.Module]] = {"offset": Offset, "attention": Attention}
+"""Adapters of one block: (width of the block, hidden width) -> module of (hidden states, tokens, mask)."""
+
+
+def zeroed(linear: nn.Linear) -> nn.Linear:
+    """A linear layer that maps everything to zero until it is trained: adapters start as no change."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """(B, L, hidden) -> (B, hidden), the mean over those tokens that the mask, (B, L), keeps."""
+    if mask is None:
+        return tokens.mean(dim=1)
+    kept = mask.to(tokens.dtype)[..., None]
+    return (tokens * kept).sum(dim=1) / kept.sum(dim=1).clamp_min(1)
+
+
+class GuidanceAdapter(ModelMixin, ConfigMixin):
+    """The adapters of all blocks: block l of a frozen network becomes h <- Attn_l(h) + A_l(h; w, t, c) (AGD, section 4).
+
+    `layers` are the paths of the network's attentions and `widths` their output's. `embedder` is the path of what embeds the
+    time (and class) as (B, time_width); text_width is that of prompt tokens, None where there are none. `low` and `high`
+    are the guidance that it is trained on, `pipeline` the stock class that its network is sampled with.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        kind: str,
+        hidden: int,
+        layers: list[str],
+        widths: list[int],
+        embedder: str,
+        time_width: int,
+        text_width: int | None = None,
+        pipeline: str = "",
+        low: float = 1.0,
+        high: float = 6.0,
+    ):
+        super().__init__()
+        self.scale, self.time = ScalarEncoder(hidden), nn.Linear(time_width, hidden)
+        self.text = None if text_width is None else nn.Linear(text_width, hidden)
+        self.blocks = nn.ModuleList(KINDS[kind](width, hidden) for width in widths)
+
+    def tokens(self, guidance: Tensor, time: Tensor, text: Tensor | None) -> Tensor:
+        """[w, t, prompt ...] of a batch, (B, 2 + L, hidden), from guidance (B,) or (1,), time (B, width) and text."""
+        weight = self.time.weight
+        scale = self.scale(guidance.to(weight).expand(len(time)))
+        found = torch.stack([scale, self.time(time.to(weight))], dim=1)
+        if self.text is None:
+            return found
+        assert text is not None, "this network is called with prompt tokens"
+        return torch.cat([found, self.text(text.to(weight))], dim=1)
+
+    def check(self, network: nn.Module) -> None:
+        """Raises ValueError where these are the adapters of another network."""
+        modules = dict(network.named_modules())
+        wrong = [
+            path
+            for path, width in zip(self.config.layers, self.config.widths)
+            if path not in modules or width_of(modules[path]) != width
+        ]
+        if wrong or self.config.embedder not in modules:
+            raise ValueError(
+                f"these adapters do not fit a {type(network).__name__} without {(wrong or [self.config.embedder])[0]} of "
+                "their width: load a checkpoint of the base that they were trained on"
+            )
+
+
+def width_of(attention: Any) -> int:
+    """Width of what an attention layer of diffusers puts out."""
+    return attention.to_out[0].out_features
+
+
+@contextmanager
+def attached(network: nn.Module, adapter: GuidanceAdapter, guidance: Tensor) -> Iterator[None]:
+    """Within it the network runs with the adapters, at this guidance, (B,) or (1,): by hooks, which are gone afterwards."""
+    here: dict[str, Any] = {}
+
+    def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
+        here.clear()
+        here["given"] = kwargs
+
+    def read(module: nn.Module, args: Any, time: Tensor) -> None:
+        if "tokens" in here:  # a DiT embeds its time once more for its last layer
+            return
+        text, mask = (here["given"].get(name) for name in ("encoder_hidden_states", "encoder_attention_mask"))
+        here["tokens"], here["mask"] = adapter.tokens(guidance, time, text), None
+        if text is not None and mask is not None:
+            here["mask"] = F.pad(mask.bool(), (2, 0), value=True)
+
+    def adding(block: nn.Module) -> Callable[..., Any]:
+        def add(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            tokens = here["tokens"]
+            more = block(hidden.to(tokens.dtype), tokens, here["mask"])
+            if isinstance(result, tuple):  # the picture's tokens, then those of the prompt
+                return (result[0] + more.to(result[0].dtype), *result[1:])
+            return result + more.to(result.dtype)
+
+        return add
+
+    hooks = [network.register_forward_pre_hook(begin, with_kwargs=True)]
+    hooks.append(network.get_submodule(adapter.config.embedder).register_forward_hook(read))
+    for path, block in zip(adapter.config.layers, adapter.blocks):
+        hooks.append(network.get_submodule(path).register_forward_hook(adding(block), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+PARTS = (
+    *("scheduler", "vae", "transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer"),
+    *("tokenizer_2", "tokenizer_3", "safety_checker", "feature_extractor", "image_encoder"),
+)
+SETTINGS = ("id2label", "requires_safety_checker", "force_zeros_for_empty_prompt", "add_watermarker")
+
+
+class AdapterGuidancePipeline(DiffusionPipeline):
+    """A stock pipeline whose guidance is one pass a step: `guidance_scale` goes to the adapters.
+
+    Whatever else it is called with is the stock pipeline's. 1 is the plain conditional, without adapters.
+    """
+
+    _optional_components = list(PARTS[2:])
+
+    def __init__(
+        self,
+        scheduler: Any,
+        vae: Any,
+        transformer: Any = None,
+        unet: Any = None,
+        text_encoder: Any = None,
+        text_encoder_2: Any = None,
+        text_encoder_3: Any = None,
+        tokenizer: Any = None,
+        tokenizer_2: Any = None,
+        tokenizer_3: Any = None,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+        image_encoder: Any = None,
+        id2label: Any = None,
+        requires_safety_checker: bool = False,
+        force_zeros_for_empty_prompt: bool = True,
+        add_watermarker: Any = None,
+    ):
+        super().__init__()
+        given = locals()
+        self.register_modules(**{name: given[name] for name in PARTS})
+        self.register_to_config(**{name: given[name] for name in SETTINGS})
+        self._adapter: GuidanceAdapter | None = None
+
+    @property
+    def network(self) -> nn.Module:
+        return self.unet if self.transformer is None else self.transformer
+
+    @property
+    def adapter(self) -> GuidanceAdapter:
+        """The adapters in use: those of `load_adapter`, else those of the folder itself. Raises ValueError without any."""
+        if self._adapter is None:
+            self.load_adapter(self.config._name_or_path)
+        assert self._adapter is not None
+        return self._adapter
+
+    def load_adapter(self, source: str | os.PathLike[str]) -> None:
+        """Use the adapters of an exported folder or hub id. Raises ValueError where it has none that fit this network."""
+        try:
+            found = GuidanceAdapter.from_pretrained(source, subfolder=SUBFOLDER)
+        except OSError as error:
+            raise ValueError(
+                f"{source} has no guidance adapters in {SUBFOLDER}: call load_adapter with the folder of an AGD export"
+            ) from error
+        found.check(self.network)
+        self._adapter = found.eval()
+
+    @property
+    def stock(self) -> Any:
+        """The stock pipeline around the same parts."""
+        kind = getattr(diffusers, self.adapter.config.pipeline)
+        taken = inspect.signature(kind.__init__).parameters
+        parts = {name: getattr(self, name) for name in PARTS} | {name: self.config[name] for name in SETTINGS}
+        pipeline = kind(**{name: part for name, part in parts.items() if name in taken})
+        pipeline.set_progress_bar_config(**getattr(self, "_progress_bar_config", {}))
+        return pipeline
+
+    def __call__(self, *args: Any, guidance_scale: float = 4.0, **kwargs: Any) -> Any:
+        """What the stock pipeline returns. Raises ValueError for a negative prompt, which has no pass of its own here."""
+        if any(kwargs.get(name) is not None for name in kwargs if name.startswith("negative_prompt")):
+            raise ValueError("a negative prompt needs a second pass: leave it out, or use the stock pipeline")
+        network: Any = self.network
+        adapter: Any = nn.Module.to(self.adapter, network.device, network.dtype)
+        guidance = torch.tensor([guidance_scale], device=network.device)
+        with nullcontext() if guidance_scale == 1 else attached(network, adapter, guidance):
+            return self.stock(*args, guidance_scale=1.0, **kwargs)

@@ -1,0 +1,131 @@
+"""The one-step stage of Hyper-SD (Ren et al. 2024, arXiv 2404.13686, section 3.3), with its human feedback (section 3.2)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import option
+from ..denoiser import Cond
+from ..generator import Generator
+from ..reward import Rewards
+from ..trajectory import Grid
+from .base import Batch
+from .hyper_sd import HyperSD, HyperSDConfig, end_of
+from .score import ScoreConfig, ScoreDistillation, matching_loss, per_sample_weight
+from .segments import Segments, held, stages_of
+
+
+@dataclass
+class HyperSDScoreConfig(HyperSDConfig, ScoreConfig):
+    """Options of the one-step stage. Weights are relative to losses that are means over batch and elements."""
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+
+    matching: float = option(1.0, "weight of the distribution matching loss", minimum=0.0)
+    anchor: float = option(0.25, "weight of the regression on the student that this run starts from", minimum=0.0)
+    anchor_steps: int = option(
+        1, "jumps of that student for what is regressed on; more need its segment_end network", minimum=1
+    )
+    mix: int = option(0, "every how many steps one is TSCD's, which keeps the student's jumps; 0 is never", minimum=0)
+    reward: str | None = option(None, "rewards to raise, separated by commas: clip, or package.module:Class; none is off")
+    reward_weight: float = option(0.1, "weight of the rewards' loss", minimum=0.0)
+
+
+class HyperSDScore(ScoreDistillation):
+    """Distribution matching of a student that TSCD made, held together by a regression on what it made at first."""
+
+    Config = HyperSDScoreConfig
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        c, student = self.config, self.generator.denoiser
+        stages_of(c)  # refused here too, where no step of TSCD is mixed in
+        shown, times = end_of(c, self.generator) == "network", self.generator.times
+        if c.anchor_steps > 1 and not shown:
+            raise ValueError(
+                f"anchor_steps {c.anchor_steps} asks for jumps to levels above clean data, and this student is not told "
+                "where they end: type --anchor-steps 1, or --segment-end network for it and the run that it starts from"
+            )
+        grid = Grid(self.schedule, c.levels, times[0], self.teacher.device, through=times)
+        self.segments = Segments(grid, shown)
+        self.anchor = held(student) if c.anchor else None
+        self.tscd = HyperSD(*args, **kwargs) if c.mix else None
+        self.rewards = Rewards.named(c.reward, self.teacher) if c.reward and c.reward_weight else None
+
+    @classmethod
+    def prepare(cls, config: Any, generator: Generator) -> None:
+        HyperSD.prepare(config, generator)
+
+    @classmethod
+    def uses_real(cls, config: Any) -> bool:
+        return bool(config.mix)
+
+    def kept(self) -> Sequence[nn.Module]:
+        mixed = [] if self.tscd is None else self.tscd.kept()
+        return [*super().kept(), *mixed, *(each for each in (self.anchor, self.rewards) if each is not None)]
+
+    def state(self) -> Mapping[str, nn.Module]:
+        return {} if self.tscd is None else self.tscd.state()
+
+    def updated(self, player: str) -> None:
+        if self.tscd is not None:
+            self.tscd.updated(player)
+
+    def players(self) -> Mapping[str, Sequence[nn.Module]]:
+        mixed = [] if self.tscd is None else self.tscd.players().get("critic", [])
+        return {"generator": [self.generator.denoiser], "critic": [self.fake, *mixed]}
+
+    def updates(self, batch: Batch, step: int, cond: Cond, uncond: Cond | None) -> Iterator[tuple[str, Tensor]]:
+        mix = self.config.mix
+        if self.tscd is None or (step + 1) % mix:
+            yield from super().updates(batch, step, cond, uncond)
+            return
+        yield from self.tscd.stage(batch, step // mix % len(self.tscd.stages))
+        self.log |= self.tscd.log
+
+    def generator_loss(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
+        c, loss = self.config, x.new_zeros(())
+        if c.matching:
+            loss = loss + c.matching * self._match(x, batch, cond, uncond)
+        if self.rewards is not None:
+            # conditions by name are strings or numbers of Python: they have to be on the CPU
+            reward = self.rewards(self.teacher.decode(x), self.teacher.named(batch.conditions.tolist()))
+            self.log["reward"] = reward.detach()
+            loss = loss + c.reward_weight * reward
+        if self.anchor is not None:
+            z = batch.rng.normal(self.teacher.shape).to(x.dtype)
+            distance = F.mse_loss(self.generator.first(z, cond), self.anchored(z, cond))
+            self.log["anchor"] = distance.detach()
+            loss = loss + c.anchor * distance
+        return loss
+
+    def critic_loss(self, x: Tensor, batch: Batch, cond: Cond) -> Tensor | None:
+        return self.denoising(x, batch, cond) if self.config.matching else None
+
+    def _match(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
+        """DMD's loss, with gradient w_t alpha_t (s_fake - s_real) / numel in x, w_t as in DMD's eq. 8.
+
+        That is alpha_t (fake - real) / mean|x - real| / numel.
+        """
+        with torch.no_grad():
+            x_t, t = self.noised(x, batch)
+            fake, real = self.fake(x_t, t, cond), self.real(x_t, t, cond, uncond)
+            alpha_t, _ = self.schedule(t, x)
+        loss = matching_loss(x, fake, real, alpha_t * per_sample_weight(x.detach(), real))
+        self.log["matching"] = loss.detach()
+        return loss
+
+    @torch.no_grad()
+    def anchored(self, z: Tensor, cond: Cond) -> Tensor:
+        """x0 that the student of the start makes of the noise z in `anchor_steps` jumps, all of them without noise."""
+        assert self.anchor is not None
+        steps, levels = self.config.anchor_steps, self.config.levels
+        x = self.generator.input_scale * z
+        for index in range(steps, 0, -1):
+            level, end = (torch.full((len(z),), levels * i // steps, device=z.device) for i in (index, index - 1))
+            x = self.segments.landed(self.anchor, x, level, end, cond)
+        return x
