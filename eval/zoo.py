@@ -332,9 +332,7 @@ def train(job: Job, entry: Entry, counts: Sequence[int]) -> Iterator[dict[str, A
         export = folder / export_name(None if steps == own else steps)
         if steps != own:
             export_run(folder, export, steps=steps)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # where a pipeline takes a chain's later noises from torch's own generator
-            scores = evaluate(export, job.protocol, steps=steps, guidance=1.0, precision_recall=True)
+        scores = evaluate(export, job.protocol, steps=steps, guidance=1.0, precision_recall=True)
         update_score(export, scores)
         if steps == own:
             (folder / RESULTS_NAME).write_text(json.dumps(scores) + "\n")
@@ -481,9 +479,7 @@ def contact_sheet(rows: list[dict[str, Any]], job: Job, path: Path, each: int = 
     names = [name for name, _ in first]
     for (name, count), row in first.items():
         pipe = load_pipeline(job.output.joinpath(*Path(row["export"]).parts[-2:]))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            images = torch.cat(list(render(pipe, labels, seeds, count, 1.0, len(seeds))))
+        images = torch.cat(list(render(pipe, labels, seeds, count, 1.0, len(seeds))))
         title = f"{name}, {count} steps" if names.count(name) > 1 else name
         columns[f"{title}\n{row['protocol']['metric']} {metric_of(row):.2f}"] = images
     save_columns(path, columns)

@@ -191,6 +191,17 @@ def test_render_does_not_depend_on_the_batch_size(family, guidance, steps, reque
     assert (one[1] - one[3]).abs().max() > 0.01  # the same class, another seed
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_later_noises_of_a_chain_are_seeded_too(guidance, export):
+    from diffusers import LCMScheduler
+
+    pipe = load_pipeline(export)
+    pipe.scheduler = LCMScheduler(original_inference_steps=4, clip_sample=False)
+    labels, seeds = [3, 1, 4, 1, 5], [10, 11, 12, 13, 14]
+    one, all_ = (torch.cat(list(render(pipe, labels, seeds, 4, guidance, size))) for size in (1, 8))
+    torch.testing.assert_close(one, all_, rtol=0, atol=1e-5)
+
+
 def test_image_i_is_the_pipe_called_alone_with_its_seed(export):
     pipe = load_pipeline(export)
     images = torch.cat(list(render(pipe, [2, 7, 9], [5, 6, 7], 2, 1.5, 3)))

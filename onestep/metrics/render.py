@@ -2,7 +2,10 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,27 @@ Sample = Callable[[Any, list[int], list[torch.Generator], int, float], Tensor]
 
 
 def _dit(pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
-    images = pipe(
-        class_labels=labels,
-        guidance_scale=guidance,
-        generator=generators,
-        num_inference_steps=steps,
-        output_type="np",
-    ).images
+    with _seeded(pipe.scheduler, generators * (2 if guidance > 1 else 1)):  # it steps the doubled batch
+        images = pipe(
+            class_labels=labels,
+            guidance_scale=guidance,
+            generator=generators,
+            num_inference_steps=steps,
+            output_type="np",
+        ).images
     return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+@contextmanager
+def _seeded(scheduler: Any, generators: list[torch.Generator]) -> Iterator[None]:
+    """A chain's later noises come from each image's generator too; DiTPipeline would take them from torch's global one."""
+    step = scheduler.step
+    if "generator" in signature(step).parameters:
+        scheduler.step = partial(step, generator=generators)
+    try:
+        yield
+    finally:
+        scheduler.step = step
 
 
 def _consistency(pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
