@@ -27,6 +27,8 @@ from .trainer import Trainer, accelerator_of, rows_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 RESULTS_NAME = "results.jsonl"
+INPUTS = (WEIGHT, "time_embedding.cond_proj.weight")
+"""Ends of the names of weights that start at zero where a method gives a network an input."""
 
 
 def guidance_of(config: TrainConfig, teacher: Teacher) -> float:
@@ -106,7 +108,7 @@ def start_from(source: Path, network: Any, name: str) -> None:
                 f"{source} is no run and no diffusers folder with a {name}; type --init with the folder of a run of "
                 "onestep.train or of an export"
             )
-        kept = {key: value for key, value in network.state_dict().items() if key.endswith(WEIGHT)}  # may be new
+        kept = {key: value for key, value in network.state_dict().items() if key.endswith(INPUTS)}  # may be new
         network.load_state_dict(kept | weights, strict=True)
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]

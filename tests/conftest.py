@@ -1,5 +1,6 @@
 """Shared set-up: few threads, and `from tiny import ...` in every test."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, in processes that a test starts too
+    os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -17,7 +17,7 @@ from onestep.objectives import dmd, dmd2, score
 from onestep.objectives.base import Batch
 from onestep.objectives.dmd import DMD
 from onestep.objectives.dmd2 import DMD2
-from onestep.objectives.regression import Regression, l2, pseudo_huber
+from onestep.objectives.regression import PERCEPTUAL, Regression, l2, pseudo_huber
 from onestep.rng import Rng
 from onestep.teacher import EDMTeacher, Facts, Teacher
 
@@ -175,7 +175,7 @@ def test_lpips_is_asked_of_the_regression(tmp_path, monkeypatch):
             seen.extend((x.shape, y.shape))
             return (x - y).abs().mean((1, 2, 3))
 
-    monkeypatch.setattr("onestep.objectives.regression.lpips_on", lambda device: Mean())
+    monkeypatch.setitem(PERCEPTUAL, "lpips", lambda device: Mean())
     made = with_pairs(tmp_path, dit(), distance="lpips")
     _, loss = next(made.step(batch(made.teacher), 0))
     loss.backward()

@@ -120,6 +120,18 @@ def test_without_a_second_time_it_is_still_at_the_consistency_function():
     assert float(method.log["mean_flow"]) < 1e-16
 
 
+@pytest.mark.parametrize("two_times", [True, False])
+def test_a_share_of_samples_is_at_the_most_noise(two_times):
+    share = {}
+    for asked in (0.0, 0.25):
+        method = exact("v_prediction", linear_vp(), guidance=2.0, max_noise=asked)
+        method.two_times = two_times
+        r, log_q = method.levels(Rng(0, 0, 4000, dtype=torch.float64))
+        share[asked] = float((log_q == method.law.high).double().mean())
+        assert bool((r <= log_q.sigmoid()).all())
+    assert share[0.0] < 0.01 and share[0.25] == pytest.approx(0.25, abs=0.03)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_straight_coordinates_are_exact(name):
     """x = (1 - t) x_0 + t eps is x_t / (alpha + sigma), and the exact denoiser's velocity eps - x_0."""

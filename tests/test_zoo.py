@@ -293,7 +293,7 @@ def test_the_plan_fills_the_time(options: dict[str, Any], iterations: int, tmp_p
     assert config.iterations == iterations and config.checkpoint_every == iterations // 10
     made.objective.settled = 300
     with pytest.raises(
-        ValueError, match=f"are {iterations} steps of dmd2, which comes back .* at step 300: type more --min"
+        ValueError, match=f"are {iterations} steps of dmd2, whose last stage begins at step 300: type more --min"
     ):
         zoo.measured(job, entry)
 

@@ -31,6 +31,7 @@ class MeanFlowConfig(MethodConfig):
     time_law: str = option("logit-normal", "law that r and t are drawn from", choices=("logit-normal", "uniform"))
     time_mean: float = option(-0.4, "mean of ln(t / (1 - t)), if logit-normal")
     time_std: float = option(1.0, "standard deviation of ln(t / (1 - t)), if logit-normal", above=0.0)
+    max_noise: float = option(0.0, "share of samples with t at the most noise, whatever that law", minimum=0.0, below=1.0)
     instantaneous: float = option(0.25, "share of samples with r = t", minimum=0.0, below=1.0)
     to_data: float = option(0.25, "share of samples with r = 0, as the exported student is called", minimum=0.0, below=1.0)
     unit: str = option(
@@ -84,12 +85,16 @@ class MeanFlow(Objective):
     def levels(self, rng: Rng) -> tuple[Tensor, Tensor]:
         """(r, ln q of t) of a batch, r <= t, each of shape (B,)."""
         if not self.two_times:
-            log_q = self._draw(rng)
+            log_q = self._at_start(self._draw(rng), rng)
             return torch.zeros_like(log_q), log_q
         c, one, other, part = self.config, self._draw(rng), self._draw(rng), rng.uniform()
-        log_q, r = torch.maximum(one, other), torch.minimum(one, other).sigmoid()
+        log_q, r = self._at_start(torch.maximum(one, other), rng), torch.minimum(one, other).sigmoid()
         r = torch.where(part < c.instantaneous, log_q.sigmoid(), r)
         return torch.where(part >= 1 - c.to_data, 0.0, r), log_q
+
+    def _at_start(self, log_q: Tensor, rng: Rng) -> Tensor:
+        """Some of the levels at the one where sampling starts, which a law in its far tail would not reach."""
+        return torch.where(rng.uniform() < self.config.max_noise, self.law.high, log_q)
 
     def _draw(self, rng: Rng) -> Tensor:
         return self.law(rng) if self.config.time_law == "logit-normal" else self.law.cut(precise(rng.uniform()).logit())
