@@ -134,7 +134,8 @@ def _embedded(name: str) -> tuple[Tensor, Tensor]:
     return images.load_embedded(name)
 
 
-def _checked_count(count: int | None, protocol: Protocol) -> int:
+def checked_count(count: int | None, protocol: Protocol) -> int:
+    """`count`, by default the protocol's; warns where a distance from so few is biased. Raises ValueError out of range."""
     count = protocol.count if count is None else count
     if not 2 <= count <= protocol.count:
         raise ValueError(f"--count {count} is not allowed; {protocol.name} takes 2 to {protocol.count}: leave it out")
@@ -186,7 +187,7 @@ def evaluate(
     Raises ValueError for an unknown protocol, an export that does not fit it and files missing or damaged.
     """
     protocol = protocol if isinstance(protocol, Protocol) else protocol_of(protocol)
-    count = _checked_count(count, protocol)
+    count = checked_count(count, protocol)
     tools = protocol.instruments(Path(classifier) if classifier else None, Path(reference) if reference else None, device)
     pipe = load_pipeline(folder, device)
     classes = family_of(pipe).classes(pipe)
