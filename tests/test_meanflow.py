@@ -363,7 +363,7 @@ def test_without_real_samples():
 
 def test_defaults():
     train, options = resolve(MeanFlow.Config, {"init_rho": 2.5}, {}, {})
-    assert train.init_rho is None and (train.beta1, train.clip_norm) == (0.9, 1.0)
+    assert train.init_rho is None and (train.beta1, train.clip_norm) == (0.0, 1.0)
     with pytest.raises(ValueError, match=r"--to-data 0\.25"):
         MeanFlow.Config(instantaneous=0.7, to_data=0.4)
     assert (options.velocity, options.power, options.power_floor, options.jvp) == ("teacher", 0.5, 1e-3, "forward")

@@ -24,7 +24,7 @@ from .score import per_sample
 class MeanFlowConfig(MethodConfig):
     """Options of MeanFlow."""
 
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta1": 0.9, "beta2": 0.95, "clip_norm": 1.0}
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta1": 0.0, "beta2": 0.95, "clip_norm": 1.0}
     INSISTS: ClassVar[Mapping[str, Any]] = {"init_rho": None}  # trajectories begin at the schedule's most noise
 
     velocity: str = option("teacher", "what v is: the teacher's, or eps - x0 of the data", choices=("teacher", "data"))
@@ -32,8 +32,8 @@ class MeanFlowConfig(MethodConfig):
     time_mean: float = option(-0.4, "mean of ln(t / (1 - t)), if logit-normal")
     time_std: float = option(1.0, "standard deviation of ln(t / (1 - t)), if logit-normal", above=0.0)
     max_noise: float = option(0.0, "share of samples with t at the most noise, whatever that law", minimum=0.0, below=1.0)
-    instantaneous: float = option(0.25, "share of samples with r = t", minimum=0.0, below=1.0)
-    to_data: float = option(0.25, "share of samples with r = 0, as the exported student is called", minimum=0.0, below=1.0)
+    instantaneous: float = option(0.1, "share of samples with r = t", minimum=0.0, below=1.0)
+    to_data: float = option(0.75, "share of samples with r = 0, as the exported student is called", minimum=0.0, below=1.0)
     unit: str = option(
         "output", "unit of the error: the network's output, whatever it predicts, or u", choices=("output", "u")
     )
