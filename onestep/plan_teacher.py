@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from .config import TrainConfig
 from .denoiser import Cond
 from .quiet import quiet
 from .teacher import Teacher, facts_of, family_named
@@ -153,9 +154,13 @@ class _Table:
 
 
 def _configuration(name: str, source: str) -> Path:
-    """The folder with a teacher's configuration files; of a hub id these alone are downloaded."""
+    """The folder with a teacher's configuration files; of a hub id these alone are downloaded, a pickle is imported."""
     if (Path(source) / "model_index.json").is_file():
         return Path(source)
+    if source.endswith(".pkl"):  # its configuration is in the file itself
+        from .networks.fetch import imported
+
+        return imported(source, TrainConfig().cache_folder)
     from huggingface_hub import snapshot_download
 
     try:

@@ -22,6 +22,8 @@ from onestep.networks import NETWORKS
 from onestep.networks.import_edm import import_edm
 from onestep.networks.standalone import TIME_SCALE, source_of
 from onestep.objectives import objective_class
+from onestep.plan import gigabytes
+from onestep.plan import main as plan
 from onestep.run import export_run, make_student
 from onestep.schedule import EDM
 from onestep.teacher import TEACHERS, EDMTeacher, facts_of, load_teacher
@@ -287,3 +289,15 @@ def test_a_damaged_pickle_is_one_clear_line(tmp_path: Path) -> None:
 def test_the_imported_folder_is_a_stock_pipeline_but_for_its_network(folders: Path) -> None:
     pipeline = DiffusionPipeline.from_pretrained(folders / "adm")
     assert type(pipeline) is ConsistencyModelPipeline and type(pipeline.scheduler) is EDMEulerScheduler
+
+
+def test_a_pickle_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("ONESTEP_CACHE", str(tmp_path / "cache"))
+    network = tiny(next(iter(TINY)))
+    path = write(tmp_path / "edm-tiny.pkl", edm(network))
+    argv = ["--teacher", str(path), "--gan", "0", "--gan-critic", "0", "--batch-size", "2", "--device", "cpu"]
+    assert plan([*argv, "--init-rho", "2.5"]) == 0
+    shown = capsys.readouterr().out
+    size = 4 * sum(each.numel() for each in network.state_dict().values())
+    found = next(line for line in shown.splitlines() if line.startswith("  teacher "))
+    assert gigabytes(size) in found
