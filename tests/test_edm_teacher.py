@@ -17,6 +17,7 @@ from tiny_edm import TINY, edm, labels_of, normal, tiny, write
 
 from onestep.checkpoint import latest_checkpoint, read_weights
 from onestep.config import load_config, resolve
+from onestep.lora.targets import default_targets
 from onestep.metrics import load_pipeline
 from onestep.networks import NETWORKS
 from onestep.networks.import_edm import import_edm
@@ -301,3 +302,8 @@ def test_a_pickle_is_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     size = 4 * sum(each.numel() for each in network.state_dict().values())
     found = next(line for line in shown.splitlines() if line.startswith("  teacher "))
     assert gigabytes(size) in found
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_an_adapter_has_layers_by_default(name: str) -> None:
+    assert "affine" in default_targets(tiny(name))

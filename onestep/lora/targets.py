@@ -11,6 +11,7 @@ TARGETS = (
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),  # the text stream of SD3 and Flux
     *("proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2", "proj_mlp"),
     *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv"),
+    "affine",  # modulations of EDM's networks, whose convolutions are no nn.Conv2d and are not adapted
 )
 """Layers that are adapted by default: in UNets those of LCM-LoRA (Luo et al. 2023), in transformers their counterparts."""
 
