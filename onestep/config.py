@@ -208,10 +208,13 @@ def load_config(folder: str | Path) -> dict[str, Any]:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], *method_options: type) -> list[str]:
     """'lr: 0.0001 -> 5e-05' for each option that differs between two runs' flat options and forbids resuming.
 
-    Free options and the output folder may differ; `method_options` is needed only for free options of a method.
+    Free options and the output folder may differ; an option that there was not yet when the old run began had what is its
+    default. `method_options` is needed for the same of a method's own.
     """
-    ignored = {name for name, each in options_of(TrainConfig, *method_options).items() if each.free} | {"output"}
+    known = options_of(TrainConfig, *method_options)
+    ignored = {name for name, each in known.items() if each.free} | {"output"}
     absent = object()
+    old = {name: each.default for name, each in known.items() if name in new} | dict(old)
     pairs = {key: (old.get(key, absent), new.get(key, absent)) for key in {**old, **new} if key not in ignored}
     return [
         f"{key}: " + " -> ".join("absent" if each is absent else shown(each) for each in pair)

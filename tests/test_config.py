@@ -190,6 +190,8 @@ def test_differences_are_those_that_forbid_resuming():
     assert differences(old, resolved(lr="1e-3", output="x", log_every="3", evaluate=False)) == ["lr: 5e-05 -> 0.001"]
     assert differences(old, resolved(guidance="2", ratio="1")) == ["guidance: none -> 2.0", "ratio: 5 -> 1"]
     assert differences({}, {"ratio": 1}) == ["ratio: absent -> 1"]
+    older = {name: value for name, value in old.items() if name != "offload"}  # of a version without this option
+    assert differences(older, old) == [] and differences(older, old | {"offload": True}) == ["offload: false -> true"]
     assert differences(old, resolved(sketch=True), Method) == []
 
 
