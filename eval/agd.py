@@ -42,7 +42,7 @@ def load(folder: Path, device: str) -> Any:
     """The export's own pipeline. Raises ValueError for a folder without adapters."""
     if not (folder / "guidance_adapter").is_dir():
         raise ValueError(f"{folder} has no guidance_adapter: name the export of a run of --method agd")
-    pipe = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline=str(folder), trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(str(folder), custom_pipeline="adapter_guidance", trust_remote_code=True)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     if type(pipe.stock).__name__ != "DiTPipeline":

@@ -24,13 +24,14 @@ from .teacher import Teacher
 from .teacher.text import TextTeacher
 from .verify import SEEDS, TOLERANCE, check_weights, stock_pictures
 
-PIPELINE = "pipeline.py"
-"""The name that diffusers looks for in a folder given as custom_pipeline."""
+PIPELINE = "adapter_guidance"
+"""Name of the module in an export, as custom_pipeline is told. diffusers runs all files of one name in one module of its
+own, so that two kinds of pipelines in files of one name would get in each other's way."""
 CHECKED_STEPS = 2
 
 
 def export_guided(generator: GuidedSampler, teacher: Teacher, folder: Path, dtype: torch.dtype, card: Card) -> str:
-    """Write base, adapters and pipeline.py to `folder`, check them, and return the lines of Python that use them.
+    """Write base, adapters and adapter_guidance.py to `folder`, check them, and return the lines of Python that use them.
 
     Stock classes load the folder as the base that it is. An earlier export there is replaced once the new one is complete.
     Raises RuntimeError where the reloaded folder is not the student, ValueError where it cannot be written.
@@ -43,7 +44,7 @@ def export_guided(generator: GuidedSampler, teacher: Teacher, folder: Path, dtyp
             pipeline = stock_pipeline(base, teacher, teacher.pipeline.scheduler, dtype)
             pipeline.save_pretrained(scratch)
             adapter.save_pretrained(scratch / SUBFOLDER)
-            shutil.copyfile(guidance_adapter.__file__, scratch / PIPELINE)
+            shutil.copyfile(guidance_adapter.__file__, scratch / f"{PIPELINE}.py")
             for path in [scratch / "model_index.json", *scratch.glob("*/config.json")]:
                 config = json.loads(path.read_text(encoding="utf-8"))
                 config.pop("_name_or_path", None)  # diffusers notes where the teacher lay on this disk
@@ -67,7 +68,7 @@ def snippet(teacher: Teacher, folder: str, steps: int, guidance: float) -> str:
         (
             "import torch",
             "from diffusers import DiffusionPipeline",
-            f"pipe = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, trust_remote_code=True)",
+            f"pipe = DiffusionPipeline.from_pretrained({name}, custom_pipeline={PIPELINE!r}, trust_remote_code=True)",
             f"images = pipe({asked}, generator=torch.Generator().manual_seed(0)).images",
             'images[0].save("picture.png")',
         )
@@ -129,7 +130,7 @@ def verify(folder: Path, student: Guided, base: nn.Module, teacher: Teacher, gui
     with quiet():
         pipe: Any = DiffusionPipeline.from_pretrained(
             str(folder),
-            custom_pipeline=str(folder),
+            custom_pipeline=PIPELINE,
             trust_remote_code=True,
             torch_dtype=torch.float32,
             local_files_only=True,

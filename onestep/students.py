@@ -190,7 +190,7 @@ def assemble(run: Path, folder: Path | None = None) -> str:
         for number, export in zip(numbers, exports):
             shutil.copytree(export, scratch / f"student-{number}", copy_function=link_or_copy)
         shutil.copy(run / PARTITION_NAME, scratch)
-        shutil.copy(SOURCE, scratch / "pipeline.py")
+        shutil.copy(SOURCE, scratch / SOURCE.name)
         index = index_of(partition, teacher, scratch, dtype, config.student_steps)
         (scratch / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (scratch / "README.md").write_text(card(config, teacher, partition, target.resolve().name), encoding="utf-8")
@@ -219,7 +219,7 @@ def index_of(partition: Partition, teacher: Teacher, folder: Path, dtype: str, s
     names = [f"student-{number}" for number in range(partition.students)]
     hashes = {name: sha256_of_weights(folder / name / teacher.network_name) for name in names}
     return {
-        "_class_name": ["pipeline", CLASS],
+        "_class_name": [SOURCE.stem, CLASS],
         "_diffusers_version": __version__,
         "students": partition.students,
         "dtype": dtype,
@@ -234,7 +234,7 @@ def plain_pipeline(folder: Path) -> Any:
 
     with quiet():
         return DiffusionPipeline.from_pretrained(
-            str(folder), custom_pipeline=str(folder), trust_remote_code=True, local_files_only=True
+            str(folder), custom_pipeline=SOURCE.stem, trust_remote_code=True, local_files_only=True
         )
 
 
@@ -264,7 +264,7 @@ def snippet(partition: Partition, folder: str | Path) -> str:
         (
             "import torch",
             "from diffusers import DiffusionPipeline",
-            f"pipe = DiffusionPipeline.from_pretrained({name}, custom_pipeline={name}, trust_remote_code=True)",
+            f"pipe = DiffusionPipeline.from_pretrained({name}, custom_pipeline={SOURCE.stem!r}, trust_remote_code=True)",
             f"images = pipe({wanted}, generator=torch.Generator().manual_seed(0)).images",
             'images[0].save("picture.png")',
         )

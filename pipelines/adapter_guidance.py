@@ -1,9 +1,9 @@
 """Guidance adapters: classifier-free guidance in one pass of the network (AGD, arXiv 2503.07274).
 
-A pipeline in one file, which imports torch and diffusers alone. For a folder that holds it as pipeline.py, beside its
+A pipeline in one file, which imports torch and diffusers alone. For a folder that holds it, beside its
 adapters in guidance_adapter/, or for any checkpoint of the same base:
 
-    pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline=FOLDER, trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline="adapter_guidance", trust_remote_code=True)
     pipe(..., guidance_scale=4.0)
 
     pipe = DiffusionPipeline.from_pretrained(OTHER, custom_pipeline="adapter_guidance.py", trust_remote_code=True)

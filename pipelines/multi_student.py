@@ -4,7 +4,7 @@ The folder holds `student-0`, `student-1`, ..., each a stock diffusers folder of
 which a class label or a prompt finds its student (Multi-Student Distillation, Song et al. 2024). This file needs torch and
 diffusers alone:
 
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="multi_student", trust_remote_code=True)
     images = pipe(class_labels=[0, 9, 4]).images      # or pipe(prompt=[...])
 """
 

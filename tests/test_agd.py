@@ -399,7 +399,7 @@ def exported(teacher: Teacher, folder: Path, kind: str = "offset", scale: float 
 def loaded(folder: Path, code: Path | None = None) -> Any:
     from diffusers import DiffusionPipeline
 
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(code or folder), trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=str(code or "adapter_guidance"), trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

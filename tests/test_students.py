@@ -601,7 +601,7 @@ def test_each_class_is_made_by_its_student_alone_and_order_is_kept(make: Any, tm
     text = assemble(run)
     assert len(text.split("Use them:\n\n")[1].splitlines()) == 5
     folder = str(run / "export")
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="multi_student", trust_remote_code=True)
     assert pipe.loaded == {}
     labels = [9, 0, 4, 1, 9, 3]
     assert pipe.route(labels) == [3, 0, 1, 0, 3, 1]
