@@ -1,5 +1,6 @@
 """A network as a denoiser: (x_t, t, cond) -> x0, whatever it predicts and however it is conditioned."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -148,6 +149,12 @@ def body(network: nn.Module) -> nn.Module:
     """The module that does the arithmetic: an adapter's base, else the bare network."""
     bare = unwrap(network)
     return bare.base if isinstance(bare, Adapter | Guided) else bare
+
+
+def held(denoiser: Denoiser) -> Denoiser:
+    """A frozen copy, such as of a student for `follow`."""
+    network = copy.deepcopy(denoiser.network).requires_grad_(False)
+    return Denoiser(network, denoiser.schedule, denoiser.prediction, denoiser.call)
 
 
 @torch.no_grad()

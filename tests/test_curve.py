@@ -1,27 +1,16 @@
 """`eval/curve.py`: times to a score, and a curve that goes on where it was stopped."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-EVAL = Path(__file__).parent.parent / "eval"
+from scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    sys.path.insert(0, str(EVAL))
-    try:
-        spec = importlib.util.spec_from_file_location("curve", EVAL / "curve.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(EVAL))
+    return load_script("curve")
 
 
 def test_the_time_to_a_target(script: Any) -> None:

@@ -1,32 +1,21 @@
 """`eval/teacher.py`: the teacher's own score, by the sampler that distillation sees."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from scripts import load_script
 
 from onestep.metrics.protocol import protocol_of
 from onestep.metrics.teacher import evaluate_teacher
 from onestep.teacher import load_teacher
 
-EVAL = Path(__file__).parent.parent / "eval"
-
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    sys.path.insert(0, str(EVAL))
-    try:
-        spec = importlib.util.spec_from_file_location("score_teacher", EVAL / "teacher.py")
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(EVAL))
+    return load_script("teacher")
 
 
 @pytest.mark.filterwarnings("ignore:a distance from")

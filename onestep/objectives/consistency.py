@@ -1,6 +1,5 @@
 """What consistency methods share: one network at two levels of a teacher's trajectory (Song et al. 2023)."""
 
-import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MethodConfig, option
-from ..denoiser import Cond, Denoiser, follow, guided
+from ..denoiser import Cond, follow, guided, held
 from ..prediction import Epsilon
 from ..rng import Rng
 from ..trajectory import Grid
@@ -56,10 +55,7 @@ class Consistency(Objective):
         kind, power = auto if c.weight == "auto" else c.weight, 2 if c.distance == "l2" else 1
         self.weights = level_weights(grid, kind, self.gap, power)
         self.grid = grid if self.parts == 1 else grid.finer(self.parts)
-        self.target = live
-        if c.target_ema:
-            average = copy.deepcopy(live.network).requires_grad_(False)
-            self.target = Denoiser(average, live.schedule, live.prediction, live.call)
+        self.target = held(live) if c.target_ema else live
 
     @classmethod
     def uses_real(cls, config: Any) -> bool:

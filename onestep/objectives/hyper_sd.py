@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import MethodConfig, option
-from ..denoiser import Cond, Denoiser, follow, frozen, unwrap
+from ..denoiser import Cond, Denoiser, follow, frozen, held, unwrap
 from ..discriminator import Discriminator, heads_on
 from ..generator import Generator
 from ..lora import Adapter
@@ -17,7 +17,7 @@ from ..second_time import add_second_time, timed
 from ..trajectory import Grid, jump
 from .base import Batch, Objective
 from .ladd import blocks
-from .segments import SegmentGAN, Segments, held, stages_of
+from .segments import SegmentGAN, Segments, stages_of
 
 
 @dataclass

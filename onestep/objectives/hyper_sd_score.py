@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import option
-from ..denoiser import Cond
+from ..denoiser import Cond, held
 from ..generator import Generator
 from ..reward import Rewards
 from ..trajectory import Grid
 from .base import Batch
 from .hyper_sd import HyperSD, HyperSDConfig, end_of
 from .score import ScoreConfig, ScoreDistillation, matching_loss, per_sample_weight
-from .segments import Segments, held, stages_of
+from .segments import Segments, stages_of
 
 
 @dataclass

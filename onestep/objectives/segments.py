@@ -1,6 +1,5 @@
 """Segments of a trajectory: between which of its levels a student jumps, and a discriminator of where it lands."""
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -66,12 +65,6 @@ def edge_below(level: Tensor, width: int) -> Tensor:
 def integers_up_to(rng: Rng, count: Tensor) -> Tensor:
     """Uniform integers in 0 .. count - 1, each item with a count of its own, shape (B,)."""
     return torch.minimum((rng.uniform() * count).long(), count - 1)
-
-
-def held(denoiser: Denoiser) -> Denoiser:
-    """A frozen copy of a student."""
-    network = copy.deepcopy(denoiser.network).requires_grad_(False)
-    return Denoiser(network, denoiser.schedule, denoiser.prediction, denoiser.call)
 
 
 class Segments:
