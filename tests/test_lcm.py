@@ -15,7 +15,7 @@ from tiny_text import PIPELINES
 from onestep.card import Card
 from onestep.denoiser import Denoiser
 from onestep.export import export
-from onestep.generator import Generator, steps_from
+from onestep.generator import Generator
 from onestep.objectives.cd import CD
 from onestep.objectives.lcm import FEATURES, LCM, LCMConfig, add_guidance, always_told
 from onestep.teacher import Copies, EDMTeacher, Facts, Teacher, family_named
@@ -130,7 +130,8 @@ def test_stock_pipelines_feed_an_export_its_guidance(name, tmp_path: Path):
     """The export compares itself with the generator; the pipeline's guidance_scale is w, in one undoubled pass."""
     teacher = text_teacher(name)
     config = LCMConfig(embed_guidance=True, **RANGE)
-    generator = Generator(teacher.copy("student"), steps_from(teacher.denoiser.schedule, None, 2))
+    # not from the most noise, where x0 has float32's rounding times sigma / alpha, which differs with the memory's layout
+    generator = Generator(teacher.copy("student"), [499, 249])
     LCM.prepare(config, generator)
     randomise(generator.denoiser.network, 4)
     card = Card("lcm", name, LCM.ends_at(config, 1.0), "unknown", {})
@@ -140,7 +141,7 @@ def test_stock_pipelines_feed_an_export_its_guidance(name, tmp_path: Path):
     stored.use_texts(["a cat"])
     cond, _ = stored.encode(torch.zeros(2, dtype=torch.long))
     own, _ = teacher.encode(torch.zeros(2, dtype=torch.long))
-    z = torch.randn(2, *teacher.shape)
+    z = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0))
     student = Denoiser(stored.denoiser.network, teacher.denoiser.schedule, teacher.denoiser.prediction, stored.call)
     noises = [torch.zeros_like(z)]
     torch.testing.assert_close(Generator(student, generator.times)(z, cond, noises), generator(z, own, noises))
