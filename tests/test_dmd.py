@@ -13,7 +13,7 @@ from playing import LEVELS, MU, TAU, M, S, batch, dit, has_gradient, linear_vp, 
 from tiny import edm_pipeline
 from torch import Tensor
 
-from onestep.objectives import dmd, dmd2, score
+from onestep.objectives import dmd2, score
 from onestep.objectives.base import Batch
 from onestep.objectives.dmd import DMD
 from onestep.objectives.dmd2 import DMD2
@@ -44,7 +44,7 @@ def expected_gradient(monkeypatch: pytest.MonkeyPatch, level: str, made: Any, mo
     monkeypatch.setattr(module, "per_sample_weight", lambda x, real: alpha / sigma**2 * weights * len(weights))
     mu, tau = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (MU, TAU))
     cond, uncond = made.teacher.encode(torch.zeros(len(z), dtype=torch.long))
-    made._match(mu + tau * z, Batch(cond["class_labels"], None, GridRng([eps])), cond, uncond).backward()
+    made.match(mu + tau * z, Batch(cond["class_labels"], None, GridRng([eps])), cond, uncond).backward()
     return float(mu.grad), float(tau.grad)
 
 
@@ -59,9 +59,9 @@ def test_the_gradient_with_weight_one_is_the_kls(monkeypatch, level, kind):
     _, alpha, sigma = fixed_level(level)
     p, q = alpha**2 * TAU**2 + sigma**2, alpha**2 * S**2 + sigma**2
     exact = (alpha**2 * (MU - M) / q, alpha**2 * TAU * (1 / q - 1 / p))
-    got = expected_gradient(monkeypatch, level, at_level(level, kind, Gaussian, **ALONE), dmd)
+    got = expected_gradient(monkeypatch, level, at_level(level, kind, Gaussian, **ALONE), score)
     assert got == pytest.approx(exact, abs=1e-10) and got == pytest.approx(GAUSSIAN[level], abs=1e-8)
-    mixture = expected_gradient(monkeypatch, level, at_level(level, kind, Mixture, **ALONE), dmd)
+    mixture = expected_gradient(monkeypatch, level, at_level(level, kind, Mixture, **ALONE), score)
     assert mixture == pytest.approx(MIXTURE[level], abs=2e-6)
 
 
@@ -83,7 +83,7 @@ def matched(kind: str, fake_mean: float = MU, method: Any = DMD, **options: Any)
         made.fake.network.mean.fill_(fake_mean)
     x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
     cond, uncond = teacher.encode(torch.arange(5) % 3)
-    made._match(x, Batch(torch.arange(5), None, Rng(1, 0, 5, dtype=torch.float64)), cond, uncond).backward()
+    made.match(x, Batch(torch.arange(5), None, Rng(1, 0, 5, dtype=torch.float64)), cond, uncond).backward()
     return made, x, x.grad
 
 
@@ -240,10 +240,10 @@ def test_no_players_loss_reaches_another(tmp_path):
 
 def test_the_leak_test_can_fail(tmp_path, monkeypatch):
     """Had the matching loss a graph through the critic, only `frozen` would keep its parameters out."""
-    monkeypatch.setattr(dmd, "matching_loss", lambda x, fake, real, weight: ((fake - real) * weight * x).mean())
+    monkeypatch.setattr(score, "matching_loss", lambda x, fake, real, weight: ((fake - real) * weight * x).mean())
     teacher = dit()
     made = with_pairs(tmp_path, teacher)
-    monkeypatch.setattr(dmd, "torch", SimpleNamespace(no_grad=contextlib.nullcontext))
+    monkeypatch.setattr(score, "torch", SimpleNamespace(no_grad=contextlib.nullcontext))
     generator_turn(made, batch(teacher))
     assert not any(has_gradient(made.fake))
     monkeypatch.setattr(score, "frozen", lambda *modules: contextlib.nullcontext())

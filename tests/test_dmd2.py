@@ -84,7 +84,7 @@ def matched(kind: str, fake_mean: float = MU) -> tuple[DMD2, Tensor, Tensor]:
         method.fake.network.mean.fill_(fake_mean)
     x = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64).requires_grad_()
     cond, uncond = teacher.encode(torch.arange(5) % 3)
-    method._match(x, Batch(torch.arange(5), None, Rng(1, 0, 5, dtype=torch.float64)), cond, uncond).backward()
+    method.match(x, Batch(torch.arange(5), None, Rng(1, 0, 5, dtype=torch.float64)), cond, uncond).backward()
     return method, x, x.grad
 
 

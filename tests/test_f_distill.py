@@ -141,7 +141,7 @@ def test_the_gradient_is_the_divergences(monkeypatch, level, divergence):
             mu, tau = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (MU, TAU))
             x = mu + tau * z
             cond, uncond = made.teacher.encode(torch.zeros(len(z), dtype=torch.long))
-            made._match(x, Batch(cond["class_labels"], None, GridRng([eps])), cond, uncond).backward()
+            made.match(x, Batch(cond["class_labels"], None, GridRng([eps])), cond, uncond).backward()
             # h is divided by its plain mean over the nodes
             r = head([(alpha * x.detach() + sigma * eps) / head.scale]).exp()
             divisor = float(WEIGHTS[divergence](r).mean())
@@ -177,7 +177,7 @@ def test_equal_denoisers_give_no_gradient():
     made = playing.objective(FDistill, teacher)
     x = torch.randn(6, 4, 1, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
     cond, uncond = teacher.encode(torch.zeros(6, dtype=torch.long))
-    made._match(x, Batch(cond["class_labels"], None, Rng(0, 0, 6, dtype=torch.float64)), cond, uncond).backward()
+    made.match(x, Batch(cond["class_labels"], None, Rng(0, 0, 6, dtype=torch.float64)), cond, uncond).backward()
     assert torch.equal(x.grad, torch.zeros_like(x))
 
 

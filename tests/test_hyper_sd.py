@@ -510,7 +510,7 @@ def matching_gradient(method: Any) -> tuple[float, float]:
 
 def test_the_gradient_of_distribution_matching(monkeypatch):
     """sigma alpha times that of KL per unit noise: sigma^2 / alpha (s_fake - s_real) alpha, in closed form; 0 if matched."""
-    monkeypatch.setattr("onestep.objectives.hyper_sd_score.per_sample_weight", lambda x, real: torch.ones_like(x))
+    monkeypatch.setattr("onestep.objectives.score.per_sample_weight", lambda x, real: torch.ones_like(x))
     method = line_objective()
     alpha, sigma = (float(c) for c in method.schedule.coefficients(torch.tensor(499)))
     m, s, mu, tau = 0.7, 0.9, -0.4, 0.6

@@ -59,7 +59,7 @@ class DMD2(ScoreDistillation):
     def generator_loss(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
         loss = x.new_zeros(())
         if self.config.matching:
-            loss = loss + self.config.matching * self._match(x, batch, cond, uncond)
+            loss = loss + self.config.matching * self.match(x, batch, cond, uncond)
         if self.config.gan and self.gan is not None:
             fool = self.gan.fool(x, cond, batch.rng)
             self.log["gan"] = fool.detach()
@@ -71,7 +71,7 @@ class DMD2(ScoreDistillation):
             loss = loss + self.config.regression * regression
         return loss
 
-    def _match(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
+    def match(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
         fake, real = self.estimates(x, batch, cond, uncond)
         loss = matching_loss(x, fake, real, per_sample_weight(x.detach(), real))
         self.log["matching"] = loss.detach()

@@ -62,7 +62,7 @@ class FDistill(DMD2):
         head.network = HeadsAndMeans(head.network, self.config.density_decay).to(self.teacher.device)
         return head
 
-    def _match(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
+    def match(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
         with torch.no_grad():
             u = batch.rng.uniform(self.config.t_min, self.config.t_max)
             t = self.schedule.at(u)

@@ -15,7 +15,7 @@ from ..reward import Rewards
 from ..trajectory import Grid
 from .base import Batch
 from .hyper_sd import HyperSD, HyperSDConfig, end_of
-from .score import ScoreConfig, ScoreDistillation, matching_loss, per_sample_weight
+from .score import ScoreConfig, ScoreDistillation
 from .segments import Segments, stages_of
 
 
@@ -90,7 +90,7 @@ class HyperSDScore(ScoreDistillation):
     def generator_loss(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
         c, loss = self.config, x.new_zeros(())
         if c.matching:
-            loss = loss + c.matching * self._match(x, batch, cond, uncond)
+            loss = loss + c.matching * self.match(x, batch, cond, uncond)
         if self.rewards is not None:
             # conditions by name are strings or numbers of Python: they have to be on the CPU
             reward = self.rewards(self.teacher.decode(x), self.teacher.named(batch.conditions.tolist()))
@@ -105,19 +105,6 @@ class HyperSDScore(ScoreDistillation):
 
     def critic_loss(self, x: Tensor, batch: Batch, cond: Cond) -> Tensor | None:
         return self.denoising(x, batch, cond) if self.config.matching else None
-
-    def _match(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
-        """DMD's loss, with gradient w_t alpha_t (s_fake - s_real) / numel in x, w_t as in DMD's eq. 8.
-
-        That is alpha_t (fake - real) / mean|x - real| / numel.
-        """
-        with torch.no_grad():
-            x_t, t = self.noised(x, batch)
-            fake, real = self.fake(x_t, t, cond), self.real(x_t, t, cond, uncond)
-            alpha_t, _ = self.schedule(t, x)
-        loss = matching_loss(x, fake, real, alpha_t * per_sample_weight(x.detach(), real))
-        self.log["matching"] = loss.detach()
-        return loss
 
     @torch.no_grad()
     def anchored(self, z: Tensor, cond: Cond) -> Tensor:

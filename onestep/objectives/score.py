@@ -99,6 +99,20 @@ class ScoreDistillation(Objective):
         x_t, t = self.noised(x, batch)
         return self.fake(x_t, t, cond), self.real(x_t, t, cond, uncond)
 
+    def match(self, x: Tensor, batch: Batch, cond: Cond, uncond: Cond | None) -> Tensor:
+        """DMD's loss, with gradient w_t alpha_t (s_fake - s_real) / numel in x, w_t = sigma_t^2 / (alpha_t mean|x - real|).
+
+        These are eqs. 7 and 8 of Yin et al. 2023. With s_fake - s_real = alpha_t / sigma_t^2 (fake - real) the gradient is
+        alpha_t (fake - real) / mean|x - real| / numel.
+        """
+        with torch.no_grad():
+            x_t, t = self.noised(x, batch)
+            fake, real = self.fake(x_t, t, cond), self.real(x_t, t, cond, uncond)
+            alpha_t, _ = self.schedule(t, x)
+        loss = matching_loss(x, fake, real, alpha_t * per_sample_weight(x.detach(), real))
+        self.log["matching"] = loss.detach()
+        return loss
+
 
 class Alternating(ScoreDistillation):
     """The order of SiD and Diff-Instruct: the critic on samples of its own, then the generator on new ones."""
