@@ -399,7 +399,7 @@ def test_updates_of_a_stage():
         ["generator"],
         ["generator"],
     ]
-    assert list(method.players()) == ["generator", "critic"] and method.kept() == [method.target]
+    assert list(method.players()) == ["generator", "critic"] and method.kept() == [method.target.network]
     before = [p.clone() for p in method.target.network.parameters()]
     randomise(method.generator.denoiser.network, seed=9)
     method.updated("critic")

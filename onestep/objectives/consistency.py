@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import MethodConfig, option
-from ..denoiser import Cond, follow, guided, held
+from ..denoiser import Cond, guided
 from ..prediction import Epsilon
 from ..rng import Rng
 from ..trajectory import Grid
-from .base import Batch, Objective
+from .base import Batch
 from .regression import l2, pseudo_huber
+from .target import MovingTarget
 
 
 @dataclass
@@ -36,7 +37,7 @@ class ConsistencyConfig(MethodConfig):
     )
 
 
-class Consistency(Objective):
+class Consistency(MovingTarget):
     """f(x_t, t) is to be what it is at x_s, where the teacher leads x_t: mean weight d(f(x_t, t), f'(x_s, s)).
 
     x_t is a real sample, noised to a level drawn evenly from the grid; f' is the student, or a moving average of it. f is
@@ -55,21 +56,10 @@ class Consistency(Objective):
         kind, power = auto if c.weight == "auto" else c.weight, 2 if c.distance == "l2" else 1
         self.weights = level_weights(grid, kind, self.gap, power)
         self.grid = grid if self.parts == 1 else grid.finer(self.parts)
-        self.target = held(live) if c.target_ema else live
 
     @classmethod
     def uses_real(cls, config: Any) -> bool:
         return True
-
-    def state(self) -> Mapping[str, nn.Module]:
-        return {"target": self.target.network} if self.config.target_ema else {}
-
-    def kept(self) -> Sequence[nn.Module]:
-        return list(self.state().values())
-
-    def updated(self, player: str) -> None:
-        if player == "generator" and self.config.target_ema:
-            follow(self.target.network, self.generator.denoiser.network, self.config.target_ema)
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         return {"generator": [self.generator.denoiser]}

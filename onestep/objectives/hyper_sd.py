@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import MethodConfig, option
-from ..denoiser import Cond, Denoiser, follow, frozen, held, unwrap
+from ..denoiser import Cond, Denoiser, frozen, unwrap
 from ..discriminator import Discriminator, heads_on
 from ..generator import Generator
 from ..lora import Adapter
 from ..second_time import add_second_time, timed
 from ..trajectory import Grid, jump
-from .base import Batch, Objective
+from .base import Batch
 from .ladd import blocks
 from .segments import SegmentGAN, Segments, stages_of
+from .target import MovingTarget
 
 
 @dataclass
@@ -41,7 +42,7 @@ class HyperSDConfig(MethodConfig):
     blocks: int = option(4, "transformer blocks of the teacher with a head each; of a UNet it is the mid block", minimum=1)
 
 
-class HyperSD(Objective):
+class HyperSD(MovingTarget):
     """TSCD: a jump from any level of a segment agrees with the jump from the level below, a step of the teacher away.
 
     Stage by stage there are fewer segments; the last is the whole trajectory. The teacher is the original one throughout.
@@ -57,7 +58,6 @@ class HyperSD(Objective):
         self.grid = Grid(student.schedule, c.levels, times[0], self.teacher.device, through=times)
         self.end = end_of(c, self.generator)
         self.segments = Segments(self.grid, self.end == "network")
-        self.target = held(student) if c.target_ema else student
         self.gan = self._gan() if any(weight for _, weight in self.stages) else None
 
     @classmethod
@@ -76,16 +76,6 @@ class HyperSD(Objective):
     @classmethod
     def uses_real(cls, config: Any) -> bool:
         return True
-
-    def kept(self) -> Sequence[nn.Module]:
-        return [self.target] if self.config.target_ema else []
-
-    def state(self) -> Mapping[str, nn.Module]:
-        return {"target": self.target.network} if self.config.target_ema else {}
-
-    def updated(self, player: str) -> None:
-        if player == "generator" and self.config.target_ema:
-            follow(self.target.network, self.generator.denoiser.network, self.config.target_ema)
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         critic: dict[str, list[nn.Module]] = {} if self.gan is None else {"critic": [self.gan.head]}
