@@ -6,19 +6,20 @@ python eval/fid.py EXPORT --reference FOLDER_OR_NPZ    FID through clean-fid
 """
 
 import argparse
-import json
-import os
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
+from onestep.evaluate import append, check_output, device_of, score
+from onestep.metrics import evaluate, protocol_of
+from onestep.metrics.scoring import Request, evaluate_any
 
-from onestep.metrics import evaluate, fid, load_pipeline, protocol_of
-from onestep.metrics.provenance import generation, provenance
-from onestep.metrics.render import family_of, render
+__all__ = ["Parser", "append", "check_output", "device_of", "score"]
+"""What the scripts beside this one take from it."""
+
+EXTRACTORS = {"clean": "inception", "legacy_tensorflow": "inception-legacy"}
+"""clean-fid's modes, as extractors."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,60 +39,31 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--output", type=Path, default=Path("eval/results.jsonl"))
     parser.add_argument("--reference", help="a folder of images, or an npz with mu and sigma")
-    parser.add_argument("--weights", help="a copy of inception-2015-12-05.pt")
+    parser.add_argument("--weights", type=Path, help="a copy of inception-2015-12-05.pt")
     parser.add_argument("--mode", default="clean", help="clean-fid's mode: clean or legacy_tensorflow")
     parser.add_argument("--classes", type=int, help="with --reference: labels 0 .. CLASSES-1 are generated in turn")
     parser.add_argument("--trust-remote-code", action="store_true", help="with --reference: run the code in the export")
     return parser.parse_args(argv)
 
 
-def check_output(path: Path) -> None:
-    """Raises ValueError where a line could not be appended to `path`; called before anything slow."""
-    if not path.parent.is_dir():
-        raise ValueError(f"no folder {path.parent} for --output {path}: make it first, or name another file")
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"--output {path} cannot be written; name a file in a folder of yours")
-
-
-def append(row: dict[str, Any], path: Path) -> None:
-    """One write of one whole line: lines of runs side by side do not mix."""
-    line = json.dumps(row, allow_nan=False) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
-
-
-def device_of(name: str) -> str:
-    """The device to run on. Raises ValueError for one that this machine does not have."""
-    there = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
-    if name == "auto":
-        return there[-1]
-    kind, _, index = name.partition(":")
-    if kind not in there or (index and not (index.isdigit() and int(index) < max(1, torch.cuda.device_count()))):
-        raise ValueError(f"no device {name!r} here; allowed are auto, {', '.join(there)}")
-    return name
-
-
-def inception_row(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    """FID of images generated from the export, or of the images in the folder. Raises ValueError as `fid` does."""
-    settings = {"weights": args.weights, "mode": args.mode, "device": device}
-    if not (Path(args.export) / "model_index.json").is_file():
-        if not Path(args.export).is_dir():
-            raise ValueError(f"no folder {args.export}; name an exported folder or a folder of images")
-        return {"export": args.export, **fid(args.export, args.reference, **settings), **provenance(device)}
-    pipe = load_pipeline(args.export, device, trust_remote_code=args.trust_remote_code)
-    classes = args.classes or family_of(pipe).classes(pipe)
-    if classes is None:
-        raise ValueError(f"{args.export} does not say how many classes it knows; type --classes with their number")
-    count = 50_000 if args.count is None else args.count
-    if count < 2 or classes < 1:
-        raise ValueError(f"--count {count} --classes {classes} is not allowed; type 2 images and 1 class or more")
-    labels = [i % classes for i in range(count)]
-    images = render(pipe, labels, range(count), args.steps, args.guidance, args.batch_size)
-    made = generation(pipe, args.export, count, 0, args.steps, args.guidance)
-    return {**made, "classes": classes, **fid(images, args.reference, **settings), **provenance(device)}
+def against(args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """The distance of images generated from the export, or of those in the folder, from a reference."""
+    if args.mode not in EXTRACTORS:
+        raise ValueError(f"no mode {args.mode!r}; allowed are {', '.join(EXTRACTORS)}: type --mode clean")
+    request = Request(
+        Path(args.export),
+        reference=Path(args.reference),
+        extractor=EXTRACTORS[args.mode],
+        weights=args.weights,
+        count=args.count,
+        classes=args.classes,
+        steps=args.steps,
+        guidance=args.guidance,
+        batch_size=args.batch_size,
+        device=device,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return evaluate_any(request) | {"mode": args.mode}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -102,7 +74,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError("--protocol and --reference exclude each other: leave one out")
         if args.precision_recall:
             raise ValueError("--precision-recall compares with the images of a protocol: leave --reference out")
-        return inception_row(args, device)
+        return against(args, device)
     if args.trust_remote_code:
         raise ValueError("--trust-remote-code needs --reference: the embedded protocol scores stock exports alone")
     return evaluate(
@@ -117,27 +89,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def table(row: dict[str, Any]) -> str:
-    flat = {**row, "protocol": row["protocol"]["name"]} if "protocol" in row else row
-    width = max(map(len, flat))
-    shown = {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in flat.items()}
-    return "\n".join(f"{key:<{width}}  {value}" for key, value in shown.items())
-
-
 def main(argv: list[str] | None = None) -> int:
     return score(parse(argv), run)
-
-
-def score(args: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any]]) -> int:
-    """Print the row that `run` makes and append it to args.output; bad input is one line on stderr and exit code 2."""
-    try:
-        row = run(args)
-    except ValueError as error:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(table(row))
-    append(row, args.output)
-    return 0
 
 
 if __name__ == "__main__":

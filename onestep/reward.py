@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .clip_model import load_clip
 from .objectives.clip_loss import ClampedCLIP
 from .teacher import Teacher
 
@@ -43,18 +44,16 @@ class CLIPScore(ClampedCLIP, Reward):
             )
         try:
             super().__init__(*self.loaded(), tau=self.margin)
-        except Exception as error:
+        except ValueError as error:
             raise ValueError(
-                f"the CLIP model {self.name} with weights {self.weights} cannot be had: {' '.join(str(error).split())}. "
-                "Type pip install 'onestep-diffusion[clip]'; weights are downloaded on first use. Or leave --reward out"
+                f"the CLIP model {self.name} with weights {self.weights} cannot be had: {error}. Or leave --reward out"
             ) from error
         self.to(teacher.device)
 
     def loaded(self) -> tuple[Any, Any]:
         """The model and its tokenizer."""
-        import open_clip
-
-        return open_clip.create_model(self.name, pretrained=self.weights), open_clip.get_tokenizer(self.name)
+        clip = load_clip(f"{self.name}/{self.weights}")
+        return clip.model, clip.tokenizer
 
     def forward(self, images: Tensor, conditions: list[Any]) -> Tensor:
         with torch.no_grad():

@@ -4,6 +4,7 @@ The functions `render.render` and `manifold.manifold` are not repeated here: the
 """
 
 from .classifier import Classifier
+from .compare import compare
 from .frechet import Moments, frechet_distance
 from .inception import fid
 from .protocol import PROTOCOLS, Protocol, evaluate, protocol_of
@@ -14,6 +15,7 @@ __all__ = [
     "Classifier",
     "Moments",
     "Protocol",
+    "compare",
     "evaluate",
     "fid",
     "frechet_distance",

@@ -3,6 +3,7 @@
 Everything here is float64 on the CPU, whatever device and precision the features come in.
 """
 
+import copy
 import os
 from pathlib import Path
 
@@ -11,18 +12,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+BLOCK = 64
+"""Vectors whose moments are taken at once, whatever the size of the batches that they come in."""
+
 
 class Moments:
     """Count, mean and scatter of feature vectors of `dimensions` entries, in one pass and constant memory.
 
-    Batches are merged by Chan, Golub & LeVeque 1979, eq. 2.1: with n = n_a + n_b and delta = mean_b - mean_a,
-    mean = mean_a + delta n_b / n and scatter = scatter_a + scatter_b + delta delta^T n_a n_b / n.
+    Vectors are taken in blocks of BLOCK, in the order in which they come, and blocks are merged in that order by Chan,
+    Golub & LeVeque 1979, eq. 2.1: with n = n_a + n_b and delta = mean_b - mean_a, mean = mean_a + delta n_b / n and
+    scatter = scatter_a + scatter_b + delta delta^T n_a n_b / n. The same vectors in the same order thus give the same
+    bits for every size of batches; `distributed.in_order` makes that the order of images for several processes.
     """
 
     def __init__(self, dimensions: int):
-        self.dimensions, self.count = dimensions, 0
-        self.mean = torch.zeros(dimensions, dtype=torch.float64)
+        self.dimensions = dimensions
+        self._count, self._mean = 0, torch.zeros(dimensions, dtype=torch.float64)  # of whole blocks
         self._scatter = torch.zeros(dimensions, dimensions, dtype=torch.float64)
+        self._block, self._filled = torch.empty(BLOCK, dimensions, dtype=torch.float64), 0
 
     def update(self, features: Tensor) -> None:
         """Take in features, shape (B, dimensions). Raises ValueError for another shape or values not finite."""
@@ -31,31 +38,63 @@ class Moments:
         features = features.detach().to("cpu", torch.float64)
         if not features.isfinite().all():
             raise ValueError("features are not finite: the images or the extractor's weights hold NaN or infinity")
-        if len(features):
-            mean = features.mean(0)
-            centred = features - mean
-            self._add(len(features), mean, centred.T @ centred)
+        while len(features):
+            taken = features[: BLOCK - self._filled]
+            self._block[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            features = features[len(taken) :]
+            if self._filled == BLOCK:
+                self._close_block()
 
     def merge(self, other: "Moments") -> None:
-        """Take in all that `other` has seen. Raises ValueError where the dimensions differ."""
+        """Take in all that `other` has seen. Raises ValueError where the dimensions differ.
+
+        Where the parts were cut shows in the last digits: `update` with all vectors has no such trace.
+        """
         if other.dimensions != self.dimensions:
             raise ValueError(f"moments of {other.dimensions} dimensions cannot join those of {self.dimensions}")
-        if other.count:
-            self._add(other.count, other.mean, other._scatter)
+        part = other._closed()
+        self._close_block()
+        if part.count:
+            self._add(part._count, part._mean, part._scatter)
+
+    def _close_block(self) -> None:
+        block, self._filled = self._block[: self._filled], 0
+        if len(block):
+            mean = block.mean(0)
+            centred = block - mean
+            self._add(len(block), mean, centred.T @ centred)
 
     def _add(self, count: int, mean: Tensor, scatter: Tensor) -> None:
-        total = self.count + count
-        delta = mean - self.mean
-        self._scatter = self._scatter + scatter + torch.outer(delta, delta) * (self.count * count / total)
-        self.mean = self.mean + delta * (count / total)
-        self.count = total
+        total = self._count + count
+        delta = mean - self._mean
+        self._scatter.add_(scatter).addr_(delta, delta, alpha=self._count * count / total)
+        self._mean = self._mean + delta * (count / total)
+        self._count = total
+
+    def _closed(self) -> "Moments":
+        """The same moments with the last, open block counted in; the object goes on with its blocks where it was."""
+        if not self._filled:
+            return self
+        closed = copy.deepcopy(self)
+        closed._close_block()
+        return closed
+
+    @property
+    def count(self) -> int:
+        return self._count + self._filled
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of all vectors, shape (D,)."""
+        return self._closed()._mean
 
     @property
     def covariance(self) -> Tensor:
         """Unbiased covariance scatter / (N - 1), shape (D, D). Raises ValueError for fewer than two vectors."""
         if self.count < 2:
             raise ValueError(f"a covariance needs at least 2 images, and there are {self.count}: type --count 2 or more")
-        return self._scatter / (self.count - 1)
+        return self._closed()._scatter / (self.count - 1)
 
     def save(self, path: str | Path) -> None:
         """Write n, mean and cov (unbiased, its lower triangle by rows, D (D + 1) / 2 numbers) as safetensors.
@@ -101,7 +140,7 @@ class Moments:
         if not (mean.isfinite().all() and covariance.isfinite().all() and symmetric and (covariance.diag() >= 0).all()):
             raise ValueError(f"{name} holds values that no images have: not finite, or not a covariance; {_EXPECTED}")
         moments = cls(len(mean))
-        moments.count, moments.mean, moments._scatter = count, mean, covariance * (count - 1)
+        moments._count, moments._mean, moments._scatter = count, mean, covariance * (count - 1)
         return moments
 
 
@@ -111,8 +150,9 @@ _EXPECTED = "expected is n >= 2, a mean (D,) and a symmetric covariance (D, D): 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Dowson & Landau 1982; Heusel et al. 2017, eq. 6).
 
-    C_a C_b has the eigenvalues of S C_b S with S = C_a^(1/2), which is symmetric and positive: its square root's trace
-    is a sum over real eigenvalues also where a covariance is singular. Raises ValueError for unequal dimensions.
+    The eigenvalues of (C_a C_b)^(1/2) are the singular values of C_a^(1/2) C_b^(1/2). Taken so, and not as square roots
+    of eigenvalues of a product, those that are zero come out as 1e-16 of the largest and not as 1e-8 of it: the
+    distance keeps its digits where covariances are singular. Raises ValueError for unequal dimensions.
     """
     if a.dimensions != b.dimensions:
         raise ValueError(
@@ -120,9 +160,15 @@ def frechet_distance(a: Moments, b: Moments) -> float:
             "extractors; compute both with the same one"
         )
     c_a, c_b = a.covariance, b.covariance
-    values, vectors = torch.linalg.eigh(c_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    product = root @ c_b @ root
-    # eigvalsh reads one triangle only: averaging with the transpose keeps both
-    trace_root = torch.linalg.eigvalsh((product + product.T) / 2).clamp(min=0).sqrt().sum()
+    trace_root = torch.linalg.svdvals(root(c_a) @ root(c_b)).sum()
     return float((a.mean - b.mean).square().sum() + c_a.trace() + c_b.trace() - 2 * trace_root)
+
+
+def root(covariance: Tensor) -> Tensor:
+    """The symmetric positive square root of a covariance (D, D).
+
+    Eigenvalues that float64 cannot tell from 0, up to D * 2.2e-16 of the largest, are 0: their roots would be 1e-8 of its.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.where(values > values[-1] * len(values) * torch.finfo(values.dtype).eps, 0)
+    return (vectors * values.sqrt()) @ vectors.T

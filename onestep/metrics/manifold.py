@@ -31,6 +31,20 @@ class Manifold:
     coverage: float
 
 
+@dataclass(frozen=True)
+class Members:
+    """What each image adds to the four numbers, which are means of these but for density's 1/k; float64."""
+
+    inside: Tensor
+    """(M,): 1 for a generated image in the real manifold, else 0."""
+    recalled: Tensor
+    """(N,): 1 for a real image in the generated manifold, else 0."""
+    within: Tensor
+    """(M,): in how many open balls of real images a generated one lies."""
+    covered: Tensor
+    """(N,): 1 for a real image whose open ball holds a generated one, else 0."""
+
+
 def manifold(real: Tensor, fake: Tensor, k: int = PRECISION_K, k_coverage: int = COVERAGE_K, chunk: int = 500) -> Manifold:
     """Compare features real (N, D) and fake (M, D); `k` is that of precision and recall, `k_coverage` that of the others.
 
@@ -38,25 +52,31 @@ def manifold(real: Tensor, fake: Tensor, k: int = PRECISION_K, k_coverage: int =
     memory proportional to chunk (N + M). The result does not depend on `chunk`. Raises ValueError for sets that cannot be
     compared, are too small for their k, or are not finite.
     """
+    of = members(real, fake, k, k_coverage, chunk)
+    return Manifold(
+        precision=float(of.inside.sum()) / len(fake),
+        recall=float(of.recalled.sum()) / len(real),
+        density=float(of.within.sum()) / (k_coverage * len(fake)),
+        coverage=float(of.covered.sum()) / len(real),
+    )
+
+
+def members(real: Tensor, fake: Tensor, k: int = PRECISION_K, k_coverage: int = COVERAGE_K, chunk: int = 500) -> Members:
+    """The four numbers image by image, as `manifold` averages them; arguments and errors are its own."""
     real, fake = _checked(real, "real", max(k, k_coverage)), _checked(fake, "generated", k)
     if real.shape[1] != fake.shape[1]:
         raise ValueError(f"features of {real.shape[1]} and {fake.shape[1]} dimensions cannot be compared: use one extractor")
     nearest = neighbours(real, max(k, k_coverage), chunk)
     real_radius, ball, fake_radius = nearest[:, k - 1], nearest[:, k_coverage - 1], neighbours(fake, k, chunk)[:, k - 1]
-    inside = within = 0
+    inside, within = [], []
     recalled, covered = (torch.zeros(len(real), dtype=torch.bool) for _ in range(2))
     for rows, distance in _distances(fake, real, chunk):
-        inside += int((distance <= real_radius).any(1).sum())
+        inside.append((distance <= real_radius).any(1))
         recalled |= (distance <= fake_radius[rows, None]).any(0)
         in_ball = distance < ball
-        within += int(in_ball.sum())
+        within.append(in_ball.sum(1))
         covered |= in_ball.any(0)
-    return Manifold(
-        precision=inside / len(fake),
-        recall=int(recalled.sum()) / len(real),
-        density=within / (k_coverage * len(fake)),
-        coverage=int(covered.sum()) / len(real),
-    )
+    return Members(torch.cat(inside).double(), recalled.double(), torch.cat(within).double(), covered.double())
 
 
 def neighbours(features: Tensor, k: int, chunk: int = 500) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from ..files import sha256_of
@@ -18,6 +19,7 @@ from .render import family_of, load_pipeline, render
 from .score import Extractor, features_of, load_classifier, score
 
 ASSETS = Path(__file__).parent.parent / "assets"
+FOLDER = Path(__file__).parent / "protocols"
 
 
 @dataclass(frozen=True)
@@ -87,35 +89,18 @@ class PixelProtocol(Protocol):
         return Instruments(network, real, sha256_of(folder / "labels.json"), sha256_of(folder / "images.webp"))
 
 
-PROTOCOLS: dict[str, Protocol] = {
-    "fashion-10k": Protocol(
-        name="fashion-10k",
-        metric="FD",
-        dataset="Fashion-MNIST, the 60,000 training images, padded to 32x32",
-        count=10_000,
-        classes=10,
-        shape=(1, 32, 32),
-        resize="none; quantised to 8 bits, then scaled to [-1, 1]",
-        extractor="onestep.metrics.classifier.Classifier, 128 penultimate features",
-        dimensions=128,
-        assets="fashion_eval",
-        real="fashion",
-    ),
-    "digits-1797": PixelProtocol(
-        name="digits-1797",
-        metric="FD",
-        dataset="the digits of scikit-learn, all 1,797 images of 8x8",
-        count=1797,
-        classes=10,
-        shape=(1, 8, 8),
-        resize="none; quantised to 8 bits, then scaled to [0, 16]",
-        extractor="the 64 pixels; the class is that of the nearest real image",
-        dimensions=64,
-        assets="digits_data",
-        real="digits",
-        levels=16,
-    ),
-}
+def read_protocols() -> dict[str, dict[str, Any]]:
+    """The fields of all protocols by name, from the files of onestep/metrics/protocols, in the order of their names."""
+    return {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.yaml"))}
+
+
+def _protocol(fields: dict[str, Any]) -> Protocol:
+    made = PixelProtocol if "levels" in fields else Protocol
+    return made(**{**fields, "shape": tuple(fields["shape"])})
+
+
+PROTOCOLS: dict[str, Protocol] = {name: _protocol(each) for name, each in read_protocols().items() if "assets" in each}
+"""The protocols of which everything is in the package; `onestep.metrics.published` has those that need files of yours."""
 
 
 def protocol_of(name: str) -> Protocol:
@@ -191,6 +176,8 @@ def evaluate(
     tools = protocol.instruments(Path(classifier) if classifier else None, Path(reference) if reference else None, device)
     pipe = load_pipeline(folder, device)
     classes = family_of(pipe).classes(pipe)
+    if family_of(pipe).prompts:
+        raise ValueError(f"{folder} takes prompts, and {protocol.name} asks for classes: type --protocol with another")
     if classes is not None and classes < protocol.classes:
         raise ValueError(f"{folder} knows {classes} classes, and {protocol.name} asks for {protocol.classes}")
     conditions = [i % protocol.classes for i in range(count)]

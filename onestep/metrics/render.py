@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-Sample = Callable[[Any, list[int], list[torch.Generator], int, float], Tensor]
-"""(pipe, class labels, generators, steps, guidance) -> images (B, C, H, W) in [0, 1]."""
+from ..quiet import quiet
+
+Sample = Callable[[Any, list[Any], list[torch.Generator], int, float], Tensor]
+"""(pipe, class labels or prompts, generators, steps, guidance) -> images (B, C, H, W) in [0, 1]."""
 
 
 def _dit(pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
@@ -52,6 +54,23 @@ def _consistency(pipe: Any, labels: list[int], generators: list[torch.Generator]
     ).images
 
 
+def _text(pipe: Any, prompts: list[str], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
+    with _seeded(pipe.scheduler, generators):
+        images = pipe(
+            prompt=prompts,
+            guidance_scale=guidance,
+            generator=generators,
+            num_inference_steps=steps,
+            output_type="np",
+        ).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def _unconditional(pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
+    images = pipe(batch_size=len(labels), generator=generators, num_inference_steps=steps, output_type="np").images
+    return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
 def _dit_classes(pipe: Any) -> int | None:
     # the size of its embedding says nothing: it is 1000 for ten classes too, the null class being number 1000
     return max(pipe.labels.values()) + 1 if pipe.labels else None
@@ -71,16 +90,34 @@ class Family:
     guided: bool
     """Whether the pipeline takes a guidance scale above 1, at the price of a second pass a step."""
     classes: Callable[[Any], int | None]
-    """How many class labels the pipeline knows, None where its folder does not say."""
+    """How many class labels the pipeline knows, None where its folder does not say; 1 where it is not conditional."""
+    prompts: bool = False
+    """Whether a condition is a text, and not a class label."""
+    embedded: bool = False
+    """Whether the guidance scale is an input of the network, which costs no second pass."""
 
     def passes(self, steps: int, guidance: float) -> int:
         """Evaluations of the network for one image."""
-        return steps * (2 if self.guided and guidance > 1 else 1)
+        return steps * (2 if self.guided and not self.embedded and guidance > 1 else 1)
+
+
+def _texts(network: str, embedded: bool = False) -> Family:
+    return Family(_text, network, guided=True, classes=lambda pipe: None, prompts=True, embedded=embedded)
 
 
 FAMILIES: dict[str, Family] = {
     "DiTPipeline": Family(_dit, "transformer", guided=True, classes=_dit_classes),
     "ConsistencyModelPipeline": Family(_consistency, "unet", guided=False, classes=_consistency_classes),
+    "DDPMPipeline": Family(_unconditional, "unet", guided=False, classes=lambda pipe: 1),
+    "DDIMPipeline": Family(_unconditional, "unet", guided=False, classes=lambda pipe: 1),
+    "StableDiffusionPipeline": _texts("unet"),
+    "StableDiffusionXLPipeline": _texts("unet"),
+    "LatentConsistencyModelPipeline": _texts("unet", embedded=True),
+    "PixArtAlphaPipeline": _texts("transformer"),
+    "PixArtSigmaPipeline": _texts("transformer"),
+    "StableDiffusion3Pipeline": _texts("transformer"),
+    "FluxPipeline": _texts("transformer", embedded=True),
+    "SanaPipeline": _texts("transformer"),
 }
 
 
@@ -115,27 +152,38 @@ def load_pipeline(
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged ({error}): export the folder again") from error
     from diffusers import DiffusionPipeline
-    from diffusers.utils import logging
+    from transformers.utils import logging
 
     bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # transformers' own, which text encoders show
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        with quiet():
+            pipe = DiffusionPipeline.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError, RuntimeError and more here
         raise ValueError(f"{folder} could not be loaded: {error}. Export the folder again") from error
     finally:
         if bars:
             logging.enable_progress_bar()
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device, dtype)
+    if "safety_checker" in pipe.components:  # it would have some of the images scored as black ones
+        pipe.safety_checker = None
+    with quiet():
+        return pipe.to(device, dtype)
 
 
 def render(
-    pipe: Any, conditions: Sequence[int], seeds: Sequence[int], steps: int, guidance: float, batch_size: int
+    pipe: Any,
+    conditions: Sequence[Any],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    batch_size: int,
+    quiet: bool = False,
 ) -> Iterator[Tensor]:
-    """Images of class conditions[i] from the noise of seeds[i], in batches (B, C, H, W), float32 on the CPU, in [0, 1].
+    """Images of the class or prompt conditions[i] from the noise of seeds[i], in batches (B, C, H, W), float32 on the CPU,
+    in [0, 1].
 
     Each image has a CPU generator of its own, so that neither the batch size nor the device chooses its noise.
     guidance: out = uncond + guidance * (cond - uncond); 1 is the plain conditional.
@@ -153,18 +201,24 @@ def render(
         allowed = "1 and more" if family.guided else "1 alone, as the pipeline has no guidance"
         raise ValueError(f"--guidance {guidance} is not possible for {type(pipe).__name__}; allowed is {allowed}")
     pipe.set_progress_bar_config(disable=True)
-    return _batches(pipe, family.sample, list(conditions), list(seeds), steps, guidance, batch_size)
+    images = _batches(pipe, family.sample, list(conditions), list(seeds), steps, guidance, batch_size)
+    return images if quiet else _counted(images, len(seeds))
+
+
+def _counted(batches: Iterator[Tensor], count: int) -> Iterator[Tensor]:
+    with tqdm(total=count, desc="sampling", unit="img", dynamic_ncols=True, disable=None) as bar:
+        for images in batches:
+            bar.update(len(images))
+            yield images
 
 
 def _batches(
-    pipe: Any, sample: Sample, conditions: list[int], seeds: list[int], steps: int, guidance: float, batch_size: int
+    pipe: Any, sample: Sample, conditions: list[Any], seeds: list[int], steps: int, guidance: float, batch_size: int
 ) -> Iterator[Tensor]:
-    with tqdm(total=len(seeds), desc="sampling", unit="img", dynamic_ncols=True, disable=None) as bar:
-        for start in range(0, len(seeds), batch_size):
-            part = slice(start, start + batch_size)
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
-            images = sample(pipe, conditions[part], generators, steps, guidance).float().cpu()
-            if not images.isfinite().all():
-                raise ValueError(f"the export makes images with NaN or infinity (image {start} or soon after)")
-            bar.update(len(images))
-            yield images
+    for start in range(0, len(seeds), batch_size):
+        part = slice(start, start + batch_size)
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
+        images = sample(pipe, conditions[part], generators, steps, guidance).float().cpu()
+        if not images.isfinite().all():
+            raise ValueError(f"the export makes images with NaN or infinity (seed {seeds[start]} or soon after)")
+        yield images

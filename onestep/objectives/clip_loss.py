@@ -1,12 +1,14 @@
 """The clamped CLIP loss of SwiftBrush v2 (Dao et al. 2024, arXiv 2408.14176) and SNOOPI, through open_clip."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..clip_model import load_clip
 from ..teacher import Teacher
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -50,15 +52,14 @@ def clip_on(teacher: Teacher, name: str, weights: str, tau: float) -> ClampedCLI
     if teacher.conditioned_by != "text":
         raise ValueError("the CLIP loss compares pictures with prompts, and this teacher has none; leave --clip out")
     try:
-        import open_clip
-        from open_clip.model import get_model_preprocess_cfg
-
-        model = open_clip.create_model(name, pretrained=weights)
-        pixels = get_model_preprocess_cfg(model)
-        tokenizer = open_clip.get_tokenizer(name)
-        return ClampedCLIP(model, tokenizer, tau, pixels.get("mean", MEAN), pixels.get("std", STD)).to(teacher.device)
-    except Exception as error:
+        given = Path(weights)
+        clip = (
+            load_clip(name, given, teacher.device)
+            if given.is_file()
+            else load_clip(f"{name}/{weights}", None, teacher.device)
+        )
+    except ValueError as error:
         raise ValueError(
-            f"the CLIP model {name} with weights {weights} cannot be had: {' '.join(str(error).split())}. Type pip install "
-            "'onestep-diffusion[clip]'; weights are downloaded on first use. Or leave --clip out"
+            f"the CLIP model {name} with weights {weights} cannot be had: {error}. Or leave --clip out"
         ) from error
+    return ClampedCLIP(clip.model, clip.tokenizer, tau, clip.pixels["mean"], clip.pixels["std"]).to(teacher.device)
