@@ -80,3 +80,22 @@ def test_digits_samples_are_digits():
     samples = teacher.to_images(teacher.sample(z, *teacher.encode(wanted), 1.0, 18)) * 2 - 1
     nearest = torch.cdist(samples.flatten(1), images.flatten(1)).argmin(1)
     assert float((labels[nearest] == wanted).float().mean()) > 0.85
+
+
+def test_emoji_have_the_colour_they_are_asked_for():
+    """By plain diffusers: at the centre of a heart the named channel is the largest, in all but one of twelve."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(str(ASSETS / "emoji")).to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    colours = ["red", "green", "blue"] * 4
+    generators = [torch.Generator().manual_seed(seed) for seed in range(len(colours))]
+    images = pipe(
+        [f"{colour} heart" for colour in colours], num_inference_steps=10, guidance_scale=3.0, height=32, width=32,
+        generator=generators, output_type="pt",
+    ).images  # fmt: skip
+    largest = images[:, :, 10:20, 10:22].mean((2, 3)).argmax(1)
+    wanted = torch.tensor([0, 1, 2] * 4)
+    assert int((largest == wanted).sum()) >= 11
+    assert TEACHERS["emoji"].source == str(ASSETS / "emoji")
+    assert sum(file.stat().st_size for file in (ASSETS / "emoji").rglob("*") if file.is_file()) <= 16e6

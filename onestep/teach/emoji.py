@@ -31,7 +31,7 @@ class EmojiConfig:
     autoencoder_steps: int = option(4000, "steps of `autoencoder_batch` pictures for the autoencoder", minimum=1)
     autoencoder_batch: int = option(32, "batch size of the autoencoder", minimum=1)
     autoencoder_lr: float = option(2e-3, "learning rate of the autoencoder", above=0)
-    unet_steps: int = option(8000, "steps of `unet_batch` latents for the UNet and the text encoder", minimum=1)
+    unet_steps: int = option(4500, "steps of `unet_batch` latents for the UNet and the text encoder", minimum=1)
     unet_batch: int = option(64, "batch size of the UNet and the text encoder", minimum=1)
     unet_lr: float = option(1e-3, "learning rate of the UNet and the text encoder", above=0)
     caption_dropout: float = option(0.1, "fraction of prompts replaced by the empty one", minimum=0, below=1)

@@ -38,6 +38,22 @@ TEACHERS: dict[str, Facts] = {
         protocol="digits-1797",
         train={"data": "digits", "init_rho": 2.5, "guidance": 1.0},
     ),
+    "emoji": Facts(
+        source=str(ASSETS / "emoji"),
+        guidance=3.0,
+        licence="Apache-2.0; trained on Twemoji (CC-BY-4.0)",
+        train={
+            "data": "emoji",
+            "init_rho": 2.5,
+            "iterations": 2200,
+            "batch_size": 16,
+            "lr": 1e-4,
+            "critic_lr": 3e-4,
+            "warmup": 30,
+            "ema": 0.995,
+        },
+        methods={"dmd2": {"ratio": 1, "gan": 0.2, "gan_critic": 0.2, "t_max": 0.35}, "snoopi": {"critic_lr": 1e-3}},
+    ),
     "sd15": Facts(
         source="stable-diffusion-v1-5/stable-diffusion-v1-5",
         guidance=7.5,
