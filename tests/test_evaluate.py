@@ -107,7 +107,7 @@ def test_the_inception_score_of_a_known_classifier():
 
     # 20 images of each of 5 classes, one class after the other, each seen as itself: 5 but for the luck of the splits
     logits = torch.full((100, 5), -50.0).scatter(1, torch.arange(5).repeat_interleave(20)[:, None], 50.0)
-    found = scores(None, Measured(Moments(5), logits=logits), ["is"], "FD", "none")
+    found = scores(None, Measured(Moments(5), logits=logits), ["is"], load_extractor("digits"), "none")
     assert 3 < found["IS"] <= 5  # in the order of the files a split of ten would see one class: 1
 
 
@@ -115,7 +115,7 @@ def test_accuracy_of_classes_is_the_fraction_that_was_asked_for():
     from onestep.metrics.measure import Measured, scores
 
     measured = Measured(Moments(3), logits=torch.eye(3)[[0, 1, 2, 2]], labels=torch.tensor([0, 1, 2, 0]))
-    assert scores(None, measured, ["class-accuracy"], "FD", "none") == {"class_accuracy": 0.75}
+    assert scores(None, measured, ["class-accuracy"], load_extractor("digits"), "none") == {"class_accuracy": 0.75}
 
 
 # The same row
@@ -396,4 +396,53 @@ def test_a_published_protocol_says_what_to_bring(tiny_teacher, texts, tmp_path, 
 
 
 def test_metrics_have_all_the_names_that_the_help_tells():
-    assert {"fd", "kid", "sfid", "is", "precision-recall", "cmmd", "class-accuracy"} == set(METRICS)
+    told = "fd, kid, sfid, is, precision-recall, cmmd, class-accuracy, clip-score, diversity"
+    assert set(told.split(", ")) == set(METRICS)
+
+
+# --- prompts
+
+
+def test_the_clip_score_of_a_folder_is_that_of_its_pictures_and_prompts(tmp_path):
+    from tiny_clip import save_clip
+
+    from onestep.clip_model import load_clip
+    from onestep.metrics.clip_score import ClipScore
+
+    save_clip(tmp_path / "clip")
+    folder, prompts = digits_like(tmp_path / "images", 6), tmp_path / "prompts.txt"
+    told = [f"a picture of {word}" for word in ("one", "two", "one", "three", "two", "one")]
+    prompts.write_text("\n".join(told))
+    row = scored(
+        [folder, "--extractor", f"clip:{tmp_path / 'clip'}", "--metrics", "clip-score,diversity", "--prompts", prompts],
+        tmp_path / "rows.jsonl",
+    )
+    clip = load_clip(str(tmp_path / "clip"))
+    alone = ClipScore(clip)
+    images = [np.repeat(np.asarray(Image.open(file))[..., None], 3, axis=2) for file in sorted(folder.iterdir())]
+    alone.update(images, told)
+    for name, value in alone.compute().items():
+        assert row[name] == pytest.approx(value, rel=1e-6)
+    unit = torch.nn.functional.normalize(clip.images(torch.stack([clip.prepare(each) for each in images])).double(), dim=1)
+    apart = 1 - unit @ unit.T
+    ones, twos = (apart[0, 2] + apart[0, 5] + apart[2, 5]) / 3, apart[1, 4]
+    assert row["diversity(cosine)"] == pytest.approx(float(ones + twos) / 2, rel=1e-5)
+    assert "FD" not in row and row["prompts_sha256"]
+
+
+def test_scores_of_clip_are_refused_elsewhere(tmp_path, capsys):
+    folder = digits_like(tmp_path / "images", 4)
+    for metric in ("clip-score", "cmmd"):
+        argv = [
+            folder,
+            "--extractor",
+            "digits",
+            "--reference",
+            folder,
+            "--metrics",
+            metric,
+            "--output",
+            tmp_path / "rows.jsonl",
+        ]
+        assert main([*map(str, argv), "--device", "cpu"]) == 2
+        assert "--extractor clip:" in capsys.readouterr().err

@@ -43,7 +43,11 @@ class ClipScore:
             raise ValueError(f"{len(images)} images and {len(prompts)} prompts; give one prompt an image")
         if images:
             batch = torch.stack([self.clip.prepare(image) for image in images])
-            self._cosines.append(cosines(self.clip.images(batch), self.clip.texts(prompts)))
+            self.add(self.clip.images(batch), self.clip.texts(prompts))
+
+    def add(self, images: Tensor, texts: Tensor) -> None:
+        """Take in embeddings (B, D) of pictures, and those of the prompt of each."""
+        self._cosines.append(cosines(images, texts))
 
     @property
     def cosines(self) -> Tensor:

@@ -12,6 +12,10 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from ..clip_model import ClipModel
+from .clip_extractor import ClipExtractor
+from .clip_score import ClipScore
+from .diversity import cosine, diversity
 from .extractor import Extractor, Features
 from .frechet import Moments, frechet_distance
 from .images import fitted
@@ -37,13 +41,15 @@ class Measured:
     """float32 (N, classes), in the order of the images."""
     labels: Tensor | None = None
     """The classes that were asked for, (N,)."""
+    prompts: Sequence[str] | None = None
+    """The prompts that were asked for, N of them."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`compute` takes what was measured of the real and of the generated images, and the distance's name."""
+    """`compute` takes what was measured of the real and of the generated images, and the extractor that saw them."""
 
-    compute: Callable[[Any, Any, str], dict[str, float]]
+    compute: Callable[[Any, Any, Extractor], dict[str, float]]
     pooled: bool = False
     spatial: bool = False
     logits: bool = False
@@ -51,42 +57,69 @@ class Metric:
     """Whether the real images are needed."""
 
 
-def _fd(real: Measured, fake: Measured, name: str) -> dict[str, float]:
-    return {name: frechet_distance(fake.moments, real.moments)}
+def _fd(real: Measured, fake: Measured, extractor: Extractor) -> dict[str, float]:
+    return {extractor.metric: frechet_distance(fake.moments, real.moments)}
 
 
-def _sfid(real: Any, fake: Any, name: str) -> dict[str, float]:
-    return {"sFID" if name == "FID" else "sFD": frechet_distance(fake.spatial, real.spatial)}
+def _sfid(real: Any, fake: Any, extractor: Extractor) -> dict[str, float]:
+    return {"sFID" if extractor.metric == "FID" else "sFD": frechet_distance(fake.spatial, real.spatial)}
 
 
-def _kid(real: Any, fake: Any, name: str) -> dict[str, float]:
+def _kid(real: Any, fake: Any, extractor: Extractor) -> dict[str, float]:
     # as many as there are where a subset of 1,000 cannot be had
     size = min(1000, len(real.pooled), len(fake.pooled))
     mean, std = kid(real.pooled, fake.pooled, subset_size=size)
-    short = "KID" if name == "FID" else "KD"
+    short = "KID" if extractor.metric == "FID" else "KD"
     return {short: mean, f"{short}_std": std, **({f"{short}_subset": size} if size < 1000 else {})}
 
 
-def _cmmd(real: Any, fake: Any, name: str) -> dict[str, float]:
+def _cmmd(real: Any, fake: Any, extractor: Extractor) -> dict[str, float]:
+    _clip_of(extractor, "cmmd")
     unit = torch.nn.functional.normalize  # as the paper's code has CLIP's embeddings
     return {"CMMD": cmmd(unit(real.pooled.double()), unit(fake.pooled.double()))}
 
 
-def _is(real: Any, fake: Any, name: str) -> dict[str, float]:
+def _is(real: Any, fake: Any, extractor: Extractor) -> dict[str, float]:
     # files of a folder may come class by class, and a split is to be a sample of all
     order = torch.randperm(len(fake.logits), generator=torch.Generator().manual_seed(0))
     mean, std = inception_score(fake.logits[order])
     return {"IS": mean, "IS_std": std}
 
 
-def _accuracy(real: Any, fake: Measured, name: str) -> dict[str, float]:
+def _accuracy(real: Any, fake: Measured, extractor: Extractor) -> dict[str, float]:
     if fake.labels is None or fake.logits is None:
         raise ValueError("class-accuracy needs an export that makes classes: leave it out of --metrics")
     return {"class_accuracy": int((fake.logits.argmax(1) == fake.labels).sum()) / len(fake.labels)}
 
 
-def _manifold(real: Any, fake: Any, name: str) -> dict[str, float]:
+def _manifold(real: Any, fake: Any, extractor: Extractor) -> dict[str, float]:
     return asdict(manifold(real.pooled, fake.pooled))
+
+
+def _clip_of(extractor: Extractor, metric: str) -> ClipModel:
+    if not isinstance(extractor, ClipExtractor):
+        raise ValueError(
+            f"{metric} is of CLIP's embeddings, and the extractor is {extractor.name}: leave it out of --metrics, or type "
+            "for example --extractor clip:ViT-L-14-quickgelu/openai"
+        )
+    return extractor.clip
+
+
+def _clip_score(real: Any, fake: Measured, extractor: Extractor) -> dict[str, float]:
+    clip = _clip_of(extractor, "clip-score")
+    if fake.prompts is None or fake.pooled is None:
+        raise ValueError("clip-score needs the prompt of each image: type --prompts FILE, or leave it out of --metrics")
+    score = ClipScore(clip)
+    for start in range(0, len(fake.prompts), 256):
+        score.add(fake.pooled[start : start + 256], clip.texts(fake.prompts[start : start + 256]))
+    return score.compute()
+
+
+def _diversity(real: Any, fake: Measured, extractor: Extractor) -> dict[str, float]:
+    groups = fake.prompts if fake.labels is None else fake.labels.tolist()
+    if groups is None or fake.pooled is None:
+        raise ValueError("diversity needs the class or the prompt of each image: leave it out of --metrics")
+    return {"diversity(cosine)": diversity(fake.pooled, groups, cosine).mean}
 
 
 METRICS: dict[str, Metric] = {
@@ -97,8 +130,12 @@ METRICS: dict[str, Metric] = {
     "is": Metric(_is, logits=True, reference=False),
     "cmmd": Metric(_cmmd, pooled=True),
     "class-accuracy": Metric(_accuracy, logits=True, reference=False),
+    "clip-score": Metric(_clip_score, pooled=True, reference=False),
+    "diversity": Metric(_diversity, pooled=True, reference=False),
 }
 """FD is called FID in clean-fid's Inception-v3 alone, and so sFID and KID, which are sFD and KD elsewhere."""
+MEANS = ("class_accuracy", "CLIPScore(", "cosine(", "diversity(")
+"""How the names of means begin, which few images make noisy but do not bias."""
 
 
 def metrics_of(names: str) -> tuple[str, ...]:
@@ -207,8 +244,10 @@ def _stacked(images: list[Tensor]) -> Tensor:
     return torch.stack(images)
 
 
-def scores(real: Measured | None, fake: Measured, metrics: Sequence[str], distance: str, reference: str) -> dict[str, float]:
-    """All metrics by their names; `distance` is FID or FD. Raises ValueError for what `reference` does not hold."""
+def scores(
+    real: Measured | None, fake: Measured, metrics: Sequence[str], extractor: Extractor, reference: str
+) -> dict[str, float]:
+    """All metrics by their names. Raises ValueError for what `reference` does not hold, and what a metric lacks."""
     found: dict[str, float] = {}
     for name in metrics:
         metric = METRICS[name]
@@ -218,5 +257,5 @@ def scores(real: Measured | None, fake: Measured, metrics: Sequence[str], distan
             )
         if metric.spatial and (real is None or real.spatial is None):
             raise ValueError(f"{name} needs spatial statistics, and {reference} has none: build it with --spatial")
-        found |= metric.compute(real, fake, distance)
+        found |= metric.compute(real, fake, extractor)
     return found

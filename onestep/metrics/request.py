@@ -105,6 +105,15 @@ def _prompts(r: Request) -> tuple[Sequence[Any], dict[str, Any]]:
     return known[:count], details
 
 
+def prompts_of(r: Request, count: int) -> tuple[Sequence[str], dict[str, Any]]:
+    """The prompts of a folder's images, in the order of their paths. Raises ValueError unless there is one for each."""
+    assert r.prompts is not None
+    known = read_prompts(r.prompts)
+    if len(known) < count:
+        raise ValueError(f"--prompts {r.prompts} has {len(known)} prompts for {count} images: give each image one")
+    return known[:count], {"prompts": r.prompts.as_posix(), "prompts_sha256": sha256_of(r.prompts)}
+
+
 def _labels(r: Request, known: int | None) -> tuple[Sequence[Any], dict[str, Any]]:
     if r.prompts or (isinstance(r.protocol, Published) and r.protocol.prompts):
         raise ValueError(f"{r.what} takes no prompts: type --protocol with one of classes, and no --prompts")

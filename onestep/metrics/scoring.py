@@ -11,14 +11,14 @@ import torch
 
 from ..files import sha256_of
 from .extractor import Extractor, load_extractor
-from .measure import METRICS, Measured, measure, scores
+from .measure import MEANS, METRICS, Measured, measure, scores
 from .pictures import Rendered
 from .prompts import captioned
 from .protocol import ASSETS, Comparison, Protocol
 from .provenance import generation, provenance
 from .published import Published
 from .reference import Reference, load, measured_folder
-from .request import Export, Request, resolved
+from .request import Export, Request, prompts_of, resolved
 
 ENOUGH = 2048
 """Images below which a distance is called a proxy where no protocol says how many there are to be."""
@@ -111,15 +111,18 @@ def _run(
             reference_formats=formats, count=r.count,
         )  # fmt: skip
         measured, made = fake.measured, {"export": r.what.as_posix(), **fake.details}
+        if r.prompts:
+            prompts, details = prompts_of(r, int(made["count"]))
+            measured, made = replace(measured, prompts=prompts), made | details
     else:
         seed, count = source.seed(repeat), len(source.conditions)
         made = generation(source.pipe, r.what, count, seed, r.steps, r.guidance) | source.details
         kept = {name: made[name] for name in made if name not in ("export", "count", "seeds")}
         images = Rendered(source.pipe, source.conditions, seed, r.steps, r.guidance, r.save, kept)
         measured = measure(count, images, extractor, metrics, r.batch_size, r.size, r.workers)
-        if not source.prompts:
-            measured = replace(measured, labels=torch.tensor(source.conditions))
-    found = scores(None if real is None else real.measured, measured, metrics, extractor.metric, str(r.reference))
+        asked = {"prompts": source.conditions} if source.prompts else {"labels": torch.tensor(source.conditions)}
+        measured = replace(measured, **asked)
+    found = scores(None if real is None else real.measured, measured, metrics, extractor, str(r.reference))
     return _named(found, made["count"], r.protocol), made
 
 
@@ -136,4 +139,4 @@ def _named(found: dict[str, float], count: int, protocol: Protocol | Published |
             f"{min(ENOUGH, whole)} images or more",
             stacklevel=4,
         )
-    return {name if name == "class_accuracy" else f"{name}_proxy": value for name, value in found.items()}
+    return {name if name.startswith(MEANS) else f"{name}_proxy": value for name, value in found.items()}
