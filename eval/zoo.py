@@ -34,6 +34,7 @@ from onestep.card import update_score
 from onestep.cli import Parser
 from onestep.config import TrainConfig, differences, flat, load_config, load_recipe, resolve, save_config
 from onestep.denoiser import Denoiser, unwrap
+from onestep.log import keep_rows
 from onestep.lora import Adapter
 from onestep.metrics import PROTOCOLS, evaluate, load_pipeline
 from onestep.metrics.protocol import Protocol, protocol_of
@@ -43,7 +44,7 @@ from onestep.objectives import OBJECTIVES, objective_class
 from onestep.options import nearest
 from onestep.run import RESULTS_NAME, export_name, export_run, finish, make_trainer
 from onestep.teacher import facts_of, load_teacher
-from onestep.trainer import Trainer, keep_rows
+from onestep.trainer import Trainer
 
 OURS = {"device": "cpu", "evaluate": False, "grid_every": 10**9, "log_every": 20}
 """Options of every run: it is scored here, and has one grid, at its end."""
