@@ -18,6 +18,7 @@ from .options import load_recipe, nearest, option, options_of, shown
 
 __all__ = [
     "CONFIG_NAME",
+    "PARTIAL",
     "PROG",
     "MethodConfig",
     "TrainConfig",
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 CONFIG_NAME = "config.yaml"
+PARTIAL = "config.yaml.partial"
+"""What config.yaml is called while it is written."""
 PROG = "python -m onestep.train"
 
 
@@ -100,8 +103,23 @@ class TrainConfig:
     grid_every: int = option(200, "steps between image grids", minimum=1, free=True)
     grid_steps: int = option(50, "steps of the teacher in the grid", minimum=1, free=True)
     grid_columns: int = option(6, "pictures in the grid for each of up to ten conditions", minimum=1, free=True)
+    health_every: int | None = option(
+        None, "steps between checks of health, see docs/health.md; none: as for grids; 0 is off", minimum=0, free=True
+    )
+    on_collapse: str = option(
+        "warn", "what a check that finds a collapse does", choices=("warn", "stop", "ignore"), free=True
+    )
     checkpoint_every: int = option(200, "steps between checkpoints", minimum=1, free=True)
     keep_checkpoints: int = option(2, "latest checkpoints to keep", minimum=1, free=True)
+    skip_nonfinite: int = option(
+        0,
+        "updates with NaN or infinity to leave out, each told; 0 stops at the first one",
+        minimum=0,
+        free=True,
+    )
+    keep_best: int = option(
+        0, "images that each checkpoint's average is scored on, to keep the best one's too; 0 is off", minimum=0, free=True
+    )
     export_dtype: str = option("fp32", "dtype of the exported folder", choices=("fp32", "fp16", "bf16"), free=True)
     evaluate: bool = option(True, "score the exported generator at the end", free=True)
 
@@ -194,7 +212,7 @@ def save_config(folder: str | Path, config: TrainConfig, options: Any) -> Path:
     path = Path(folder) / CONFIG_NAME
     path.parent.mkdir(parents=True, exist_ok=True)
     replay = f"# Every option of this run. To replay it: {PROG} --config {shlex.quote(str(path))}\n"
-    partial = path.with_name(CONFIG_NAME + ".partial")
+    partial = path.with_name(PARTIAL)
     partial.write_text(replay + yaml.safe_dump(flat(config, options), sort_keys=False), encoding="utf-8")
     os.replace(partial, path)
     return path

@@ -3,7 +3,7 @@
 The folder holds the student's network, a diffusers scheduler whose own timesteps are the student's, the teacher's other
 parts and a model card. It is reloaded and its pictures are compared with the generator's before it takes its name.
 
-    python -m onestep.export RUN [--steps K] [--output FOLDER] [--dtype fp32|fp16|bf16] [--lora diffusers|kohya]
+    python -m onestep.export RUN [--best] [--steps K] [--output FOLDER] [--dtype fp32|fp16|bf16] [--lora diffusers|kohya]
 """
 
 import copy
@@ -274,16 +274,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     reader.add_argument("run", type=Path, metavar="RUN", help="folder of a run of onestep.train")
     reader.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="where to (default: RUN/export or RUN/lora, with -K for --steps K)"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where to (default: RUN/export or RUN/lora, with -best and -K for --best and --steps K)",
     )
     kinds = reader.add_mutually_exclusive_group()
     kinds.add_argument("--merge", action="store_true", help="a full model, adapters merged (the default)")
     kinds.add_argument("--lora", choices=FORMATS, help="the adapter alone, as a LoRA file with a scheduler beside it")
     reader.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: the run's --export-dtype)")
     reader.add_argument("--steps", type=int, metavar="K", help="network calls of the student (default: as it was trained)")
+    reader.add_argument("--best", action="store_true", help="the best checkpoint, kept by --keep-best, not the newest")
     given = reader.parse_args(argv)
     try:
-        lines = export_run(given.run, given.output, given.dtype, given.lora, given.steps)
+        lines = export_run(given.run, given.output, given.dtype, given.lora, given.steps, given.best)
     except (ValueError, OSError) as error:
         reader.error(str(error))
     print(f"Use it:\n\n{lines}")

@@ -1,5 +1,6 @@
-"""Sample grids: the teacher's many steps beside the student's few, from the same noise and classes."""
+"""Pictures of a run: blocks of samples side by side, each from the same noise and classes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -8,16 +9,16 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 
-def save_grid(path: Path, left: Tensor, right: Tensor, titles: tuple[str, str], columns: int) -> None:
-    """Two blocks of images (N, C, H, W) in [0, 1] side by side under their titles, small ones enlarged, as PNG."""
-    scale = max(1, 64 // left.shape[-1])
-    blocks = [_block(images, columns, scale) for images in (left, right)]
+def save_grid(path: Path, blocks: Sequence[tuple[str, Tensor]], columns: int) -> None:
+    """Titled blocks of images (N, C, H, W) in [0, 1] side by side, of one size, small ones enlarged, as PNG."""
+    scale = max(1, 64 // blocks[0][1].shape[-1])
+    titled = [(title, _block(images, columns, scale)) for title, images in blocks]
     font = ImageFont.load_default(size=18)
     gap, top = 24, 34
-    width = sum(block.width for block in blocks) + gap
-    sheet = Image.new("RGB", (width, blocks[0].height + top), "white")
+    width = sum(block.width for _, block in titled) + gap * (len(titled) - 1)
+    sheet = Image.new("RGB", (width, titled[0][1].height + top), "white")
     draw, x = ImageDraw.Draw(sheet), 0
-    for block, title in zip(blocks, titles):
+    for title, block in titled:
         sheet.paste(block, (x, top))
         draw.text((x + block.width // 2, top // 2), title, fill="black", font=font, anchor="mm")
         x += block.width + gap

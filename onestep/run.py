@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .best import read_best
 from .card import Card, asked_guidance, lora_snippet, snippet, update_score
 from .check import require_prediction, samples
 from .checkpoint import latest_checkpoint, read_weights
@@ -97,7 +99,7 @@ def start_from(source: Path, network: Any, name: str) -> None:
 
     Raises ValueError where there is neither, or where they do not fit.
     """
-    checkpoint = latest_checkpoint(source / "checkpoints")
+    checkpoint = latest_checkpoint(source / "checkpoints", "average")
     try:
         if checkpoint is not None:
             weights = read_weights(checkpoint, "average")
@@ -170,11 +172,13 @@ def export_run(
     dtype: str | None = None,
     lora: str | None = None,
     steps: int | None = None,
+    best: bool = False,
 ) -> str:
     """Export the averaged student of a run's newest checkpoint; the defaults are the run's own. Returns the snippet.
 
-    `lora` names the layout of a LoRA file to write instead of a full model. `steps` are the student's network calls, at
-    the times that `steps_from` has for them: the weights are the same.
+    `best` exports that of the best checkpoint, which --keep-best has kept. `lora` names the layout of a LoRA file to write
+    instead of a full model. `steps` are the student's network calls, at the times that `steps_from` has for them: the
+    weights are the same.
 
     Raises ValueError where the folder holds no run, or a run without a sound checkpoint, and for steps below 1.
     """
@@ -187,14 +191,12 @@ def export_run(
             raise ValueError(f"{source} names no {key}, so {run} is no run of onestep.train; name the folder of one")
     method_options = objective_class(recipe["method"]).Config
     config, options = resolve(method_options, facts_of(recipe["teacher"]).options(recipe["method"]), recipe, {}, source)
-    checkpoint = latest_checkpoint(run / "checkpoints")
-    if checkpoint is None:
-        raise ValueError(f"{run} holds no checkpoint yet; type {PROG} --config {shlex.quote(source)} first")
+    weights = read_best(run)[1] if best else newest_average(run)
     teacher = loaded(config, "cpu")
     asked = replace(config, init=None, student_steps=steps or config.student_steps)
     generator = make_student(asked, options, teacher)
-    generator.denoiser.network.load_state_dict(read_weights(checkpoint, "average"), strict=True)
-    target, kind = folder or run / export_name(steps, lora is not None), DTYPES[dtype or config.export_dtype]
+    generator.denoiser.network.load_state_dict(weights, strict=True)
+    target, kind = folder or run / export_name(steps, lora is not None, best), DTYPES[dtype or config.export_dtype]
     if lora:
         export_lora(generator, teacher, target, lora, kind)
         return lora_snippet(teacher, target, generator)
@@ -206,9 +208,18 @@ def export_run(
     return snippet(teacher, target, len(generator.times), kind, asked_guidance(generator, card.guidance))
 
 
-def export_name(steps: int | None, lora: bool = False) -> str:
+def newest_average(run: Path) -> dict[str, Tensor]:
+    """The averaged student's weights in a run's newest checkpoint. Raises ValueError where there is no sound one."""
+    checkpoint = latest_checkpoint(run / "checkpoints", "average")
+    if checkpoint is None:
+        source = shlex.quote(str(run / CONFIG_NAME))
+        raise ValueError(f"{run} holds no checkpoint yet; type {PROG} --config {source} first")
+    return read_weights(checkpoint, "average")
+
+
+def export_name(steps: int | None, lora: bool = False, best: bool = False) -> str:
     """Name of an export's folder in its run's: that with the run's own number of steps, or that with `steps`."""
-    return ("lora" if lora else "export") + (f"-{steps}" if steps else "")
+    return ("lora" if lora else "export") + ("-best" if best else "") + (f"-{steps}" if steps else "")
 
 
 def _repeat_score(run: Path, network: Path, steps: int) -> None:
@@ -235,8 +246,16 @@ def finish(trainer: Trainer, options: Any) -> None:
     lines = [f"picture: {picture}", f"export:  {target}"]
     if config.evaluate and teacher.facts.protocol and config.only is None:  # a protocol asks for all classes
         lines.append(_score(target, trainer, len(generator.times)))
+    if trainer.best is not None:
+        lines.append(_best(trainer))
     code = snippet(teacher, target, len(generator.times), dtype, asked_guidance(generator, card.guidance))
     print("\n".join([*lines, "", "Use it:", "", code]))
+
+
+def _best(trainer: Trainer) -> str:
+    kept, _ = read_best(trainer.folder)
+    how = f"python -m onestep.export {shlex.quote(str(trainer.folder))} --best"
+    return f"best:    step {kept.step}, {kept.metric} {kept.value:.2f} of {kept.count} images; export it with {how}"
 
 
 def _score(target: Path, trainer: Trainer, steps: int) -> str:

@@ -76,6 +76,7 @@ def test_a_run_leaves_pictures_numbers_checkpoints_and_an_export(whole: tuple[Pa
         "export",
         "grid.png",
         "grids",
+        "health",
         "metrics.jsonl",
         "tensorboard",
     ]
