@@ -2,7 +2,12 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sha256_of(path: str | Path) -> str:
@@ -24,3 +29,19 @@ def fsync(path: str | Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file and wait until it is on the disk. Raises OSError where it cannot be written.
+
+    The library's own error for a full disk is none of Python's, and may leave half a file: here it is an OSError.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+        fsync(path)
+    except SafetensorError as error:
+        path.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {' '.join(str(error).split())}") from error

@@ -1,7 +1,9 @@
 """python -m onestep.train: distil a teacher, export the student, score it."""
 
+import errno
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -12,20 +14,34 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
 from .cli import Parser, first_pass, flags_of, parser
-from .config import CONFIG_NAME, PROG, TrainConfig, differences, flat, load_config, resolve, save_config
+from .config import CONFIG_NAME, PARTIAL, PROG, TrainConfig, differences, flat, load_config, resolve, save_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; bad input is one line on stderr and exit code 2."""
     try:
-        return _main(sys.argv[1:] if argv is None else argv)
-    except (ValueError, FloatingPointError, OSError) as error:
-        Parser(prog=PROG).error(str(error))
+        with _terminable():
+            return _main(sys.argv[1:] if argv is None else argv)
+    except (ValueError, FloatingPointError, OSError, SafetensorError) as error:  # the last one: a full disk
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        then = "; make room on the disk, and the same command goes on from the last checkpoint" if full else ""
+        Parser(prog=PROG).error(f"{error}{then}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM before and after the training, where there is nothing to save, ends as Ctrl-C does: with a line."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _main(argv: Sequence[str]) -> int:
@@ -60,6 +76,8 @@ def _main(argv: Sequence[str]) -> int:
 
 def _train(config: TrainConfig, options: Any, method_options: type, restart: bool) -> bool:
     """One run to its end, exported and scored; False where it was asked to stop."""
+    from .nonfinite import NonFinite
+    from .replay import located
     from .run import finish, make_trainer
     from .students import Part
     from .trainer import accelerator_of
@@ -72,7 +90,14 @@ def _train(config: TrainConfig, options: Any, method_options: type, restart: boo
         trainer = make_trainer(config, options)
         if isinstance(trainer.data, Part) and accelerator.is_main_process:
             trainer.data.partition.keep(config.group)
-        finished = trainer.run()
+        bad: NonFinite | None = None
+        try:
+            finished = trainer.run()
+        except NonFinite as error:
+            bad = error.with_traceback(None)  # which holds the trainer: two of them may not fit into memory
+        if bad is not None:
+            del trainer
+            raise located(make_trainer(config, options), bad)
     if accelerator.is_main_process and finished:
         finish(trainer, options)
     elif accelerator.is_main_process:
@@ -106,7 +131,7 @@ def check_folder(config: TrainConfig, options: Any, method_options: type, restar
             )
     elif config.only is not None and (config.group / CONFIG_NAME).exists():
         raise ValueError(f"{config.group} is the run of a single student; type --output with another folder for several")
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.exists() and any(each.name != PARTIAL for each in folder.iterdir()):  # left by a kill in the first moment
         raise ValueError(f"{folder} holds other things than a run; type --output with a new folder")
 
 

@@ -134,7 +134,7 @@ def scanned(source: Source, needs: Needs, cache: Path) -> Report:
         rows = [Kept(**row) for row in found.pop("rows")]
         dropped, ignored = Tally(**found.pop("dropped")), Tally(**found.pop("ignored"))
         return Report(source.name, source.kind, rows, dropped, ignored)
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} has changed since it was written; delete it and start again: it is made anew") from error
 
 

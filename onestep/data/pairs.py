@@ -89,5 +89,5 @@ def noted(note: Path) -> str:
     """The key that a note holds. Raises ValueError where it is missing or damaged."""
     try:
         return str(json.loads(note.read_text())["weights"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{note}, which this run has written, cannot be read: start over with --restart") from error

@@ -119,8 +119,8 @@ def sentence(text: Any) -> str | None:
 def label_of(value: Any) -> int | None:
     """A class label from a number or its digits; None for anything else."""
     if isinstance(value, int) and not isinstance(value, bool):
-        return value if value >= 0 else None
-    return int(value) if isinstance(value, str) and value.strip().isdecimal() else None
+        return value if 0 <= value < 2**31 else None
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() and len(value.strip()) < 10 else None
 
 
 def first_of(fields: dict[str, Any], names: Sequence[str]) -> Any:

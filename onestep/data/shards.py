@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import fsync, sha256_of
+from ..files import fsync, save_tensors, sha256_of
 
 INDEX = "index.json"
 IN_MEMORY = 1 << 30
 """Bytes up to which all rows are held in memory."""
+
+IN_USE: dict[str, str] = {}
+"""Caches that this process has opened: SHA-256 of each one's index, which has the hashes of all its files, by its name."""
 
 Rows = dict[str, Tensor]
 
@@ -39,6 +41,7 @@ class Shards:
         for name, expected in self._hashes.items():
             if not (folder / name).is_file() or sha256_of(folder / name) != expected:
                 raise _damaged(folder, f"{name} is missing or has changed since it was written")
+        IN_USE[folder.name] = sha256_of(folder / INDEX)
         self.bytes = sum((folder / name).stat().st_size for name in self._hashes)
         self._files: dict[int, Rows] = {}
         self._held: Rows | None = None
@@ -83,7 +86,7 @@ class Shards:
             about = json.loads((folder / INDEX).read_text())
             hashes = about.pop("sha256")
             whole = folder.name.endswith(_digest(about)) and list(hashes) == _names(about)
-        except (OSError, ValueError, AttributeError, LookupError, TypeError) as error:
+        except (OSError, ValueError, AttributeError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
             raise _damaged(folder, f"{INDEX} cannot be read") from error
         if not whole:
             raise _damaged(folder, f"{INDEX} has changed since it was written")
@@ -118,8 +121,12 @@ class Shards:
     def _file(self, number: int) -> Rows:
         """A shard's tensors; they are views of the mapped file, of which only the rows that are used are read."""
         if number not in self._files:
-            with safe_open(self.folder / _names(self.about)[number], "pt") as file:
-                self._files[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            path = self.folder / _names(self.about)[number]
+            try:
+                with safe_open(path, "pt") as file:
+                    self._files[number] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise _damaged(self.folder, f"{path.name} has vanished or changed since the run began") from error
         return self._files[number]
 
 
@@ -184,7 +191,7 @@ def _progress(path: Path) -> dict[str, str]:
     """Hashes of the shards that a killed build has left; none where it left nothing that can be read."""
     try:
         return dict(json.loads(path.read_text())["sha256"])
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return {}
 
 
@@ -192,8 +199,7 @@ def _write(path: Path, rows: Rows, count: int, dtype: torch.dtype | None) -> Non
     assert all(len(each) == count for each in rows.values()), "make(start, stop) has stop - start rows"
     kept = {k: v.to("cpu", dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in rows.items()}
     scratch = path.with_suffix(".tmp")
-    save_file(kept, scratch)
-    fsync(scratch)
+    save_tensors(kept, scratch)
     scratch.replace(path)
 
 

@@ -155,5 +155,5 @@ def _records(path: Path, ignored: Tally) -> Iterator[tuple[int, dict[str, Any]]]
             continue
         try:
             yield number, dict(json.loads(line))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             ignored.add("no JSON object", f"{path.name}, line {number}")

@@ -20,9 +20,11 @@ class Cell:
     table: Any
     row: int
     column: str
+    folder: Path | None
+    """The only folder that paths may lead into; None: the dataset's own code has put the files where they are."""
 
     def read(self) -> bytes | None:
-        return _bytes(self.table[self.row][self.column])
+        return _bytes(self.table[self.row][self.column], self.folder)
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,19 @@ class ParquetCell:
     column: str
 
     def read(self) -> bytes | None:
-        return _bytes(_group(self.path, self.path.stat().st_mtime_ns, self.group, self.column)[self.row].as_py())
+        cell = _group(self.path, self.path.stat().st_mtime_ns, self.group, self.column)[self.row].as_py()
+        return _bytes(cell, self.path.parent)
 
 
-def _bytes(value: Any) -> bytes | None:
-    """Of a cell: bytes, or {bytes, path} of which one may be missing."""
+def _bytes(value: Any, folder: Path | None) -> bytes | None:
+    """Of a cell: bytes, or {bytes, path} of which one may be missing. Raises ValueError for a path out of the folder."""
     if not isinstance(value, dict):
         return value
     if value.get("bytes") is None and value.get("path"):
-        return Path(value["path"]).read_bytes()
+        path = Path(value["path"]) if folder is None else folder / value["path"]
+        if folder is not None and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{value['path']} is outside of {folder}; copy the picture there")
+        return path.read_bytes()
     return value.get("bytes")
 
 
@@ -128,7 +134,7 @@ class Dataset(Source):
             return cls(name, folder)
         try:
             splits = json.loads(about.read_text())["splits"]
-        except (OSError, ValueError, LookupError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise ValueError(f"{about} cannot be read; save the dataset again") from error
         chosen = splits[0] if len(splits) == 1 else "train"
         if chosen not in splits or not (folder / chosen).is_dir():
@@ -154,7 +160,7 @@ class Dataset(Source):
         images = None
         if image:
             encoded = table.select_columns([image]).cast_column(image, datasets.Image(decode=False))
-            images = [Cell(encoded, row, image) for row in range(len(table))]
+            images = [Cell(encoded, row, image, self.folder) for row in range(len(table))]
         yield from _rows_of("row ", len(table), texts and texts[:], labels and labels[:], images)
 
 

@@ -79,7 +79,7 @@ class Tars(Source):
         if "json" in members:
             try:
                 fields = dict(json.loads(members["json"].read()))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 self.ignored.add("no JSON object", f"{name}.json")
         caption = sentence(first_of(fields, CAPTIONS))
         texts = {ending: text_of(members[ending].read()) for ending in ("txt", "cls") if ending in members}

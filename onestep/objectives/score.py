@@ -132,7 +132,7 @@ def matching_loss(x: Tensor, fake: Tensor, real: Tensor, weight: Tensor | float)
     x, fake, real have shape (B, ...) in x0 units, `weight` broadcasts against them. With weight alpha^2 / sigma^2 and
     exact denoisers, the expected gradient is that of KL(p_t || q_t). Nothing flows into fake, real or weight.
     """
-    gradient = torch.nan_to_num((fake - real) * weight).detach()
+    gradient = ((fake - real) * weight).detach()
     return 0.5 * F.mse_loss(x, (x - gradient).detach())
 
 
