@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .fsdp import FSDPModule
 from .guided import KEY, Guided
 from .lora import Adapter
 from .precision import full_precision
@@ -88,6 +89,8 @@ class Denoiser(nn.Module):
         The bare network is called, also where `network` is a distributed wrapper: gradients reach the same parameters,
         and the wrapper's own bookkeeping belongs to whole forwards.
         """
+        if isinstance(self.network, FSDPModule):  # a pass cut short would leave parts of it unsharded
+            return self.with_features(x_t, t, cond)[1]
         with self._tapped(stop=True) as found:
             try:
                 self.output(x_t, t, cond, network=unwrap(self.network))

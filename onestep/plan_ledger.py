@@ -60,13 +60,6 @@ class Ledger(TorchDispatchMode):
             self._graded[id(parameter)] = parameter.grad.untyped_storage().nbytes()
             self.gradients += self._graded[id(parameter)]
 
-    def fill(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients of zero where there are none."""
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-                self._accumulated(parameter)
-
     def restart(self) -> None:
         """Look for a new peak."""
         self.peak, self.gradients_at_peak = self.live, self.gradients
@@ -114,13 +107,17 @@ def turns_of(
     with Ledger(tensors_of(*modules)) as ledger, rules:
         ledger.watch(p for each in parameters.values() for p in each)
         for step in range(objective.settled, objective.settled + 8):
-            if (
-                config.accumulation > 1
-            ):  # the last micro-batch, the one with most in memory, finds all gradients of the others
-                ledger.fill(p for each in parameters.values() for p in each)
+            # a second micro-batch finds the gradients and the samples of the first, and is all that a third one finds
+            earlier = [objective.step(batch(step), step)] if config.accumulation > 1 else []
             turns = objective.step(batch(step), step)
             ledger.restart()
-            while turn := advance(turns, config):
+            while True:
+                for each in earlier:
+                    if first := advance(each, config):
+                        (first[1] / config.accumulation).backward()
+                    del first
+                if not (turn := advance(turns, config)):
+                    break
                 player, loss = turn
                 mine = found.setdefault(player, Turn())
                 mine.kept = max(mine.kept, ledger.live - ledger.gradients)

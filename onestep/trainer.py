@@ -148,6 +148,7 @@ class Trainer:
             with self._unshared(micro < len(turns) - 1), self._losses.part():
                 if turn := self._next(each):
                     player, loss = turn
+                    self.watch.loss(self.step, player, loss)
                     self.accelerator.backward(loss / len(turns))
         if player is not None:
             self._apply(player)

@@ -224,6 +224,7 @@ def test_one_that_is_asked_to_stop_stops_all_and_one_that_dies_ends_all(tiny_tea
     argv += ["--log-every", "1", "--checkpoint-every", "100000", "--health-every", "0", "--output", str(tmp_path / "run")]
     first, second = pair(argv, tmp_path)
     wait_for(tmp_path / "run", "metrics.jsonl", first)
+    reach(tmp_path / "run", 1, first)  # in mid-training
     os.kill(second.pid or 0, signal.SIGTERM)
     assert [finished(first), finished(second)] == [0, 0]
     (reached,) = (tmp_path / "run/checkpoints").iterdir()
@@ -231,14 +232,18 @@ def test_one_that_is_asked_to_stop_stops_all_and_one_that_dies_ends_all(tiny_tea
     assert f"stopped and saved at step {step}" in (tmp_path / "log-0").read_text()
 
     first, second = pair(argv, tmp_path)
-    while len(rows(tmp_path / "run")) < step + 2:  # in mid-training
-        assert first.is_alive() and second.is_alive()
-        time.sleep(0.01)
+    reach(tmp_path / "run", step + 2, first)
     os.kill(second.pid or 0, signal.SIGKILL)
     assert finished(first) == 2
     said = (tmp_path / "log-0").read_text()
     assert "another process of this run has ended" in said and "Traceback" not in said
     assert [*(tmp_path / "run/checkpoints").iterdir()] == [reached]  # to go on from
+
+
+def reach(folder: Path, step: int, process: Any) -> None:
+    while len((folder / "metrics.jsonl").read_text().splitlines()) < step:
+        assert process.is_alive()
+        time.sleep(0.01)
 
 
 def pair(argv: Sequence[str], folder: Path) -> list[Any]:

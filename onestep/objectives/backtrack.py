@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..denoiser import Denoiser, unwrap
 from ..files import fsync
+from ..fsdp import FSDPModule
 from ..teacher import Teacher
 
 
@@ -73,6 +74,8 @@ class Backtrack:
         return self.folder / f"node-{index:03d}.safetensors"
 
     def _save(self, index: int, critic: Denoiser) -> None:
+        if isinstance(critic.network, FSDPModule):
+            raise ValueError("--backtrack records whole networks: leave it out, or launch with DDP")
         path = self.path(index)
         if path.exists():  # by another process, by this step's first micro-batch, or before a resume: the same weights
             return
