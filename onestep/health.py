@@ -112,8 +112,8 @@ class Health:
         self.before: dict[str, float] = {}
         self.known: set[str] = set()
 
-    def measure(self, student: Generator, critic: Denoiser | None, path: Path) -> dict[str, float]:
-        """The numbers of the student as it is now, and the picture at `path`. See docs/health.md for each.
+    def measure(self, student: Generator, critic: Denoiser | None, path: Path | None) -> dict[str, float]:
+        """The numbers of the student as it is now, and the picture at `path`, if any. See docs/health.md for each.
 
         Where a sample is not finite, `finite` (the fraction that is) alone is measured.
         """
@@ -140,7 +140,8 @@ class Health:
             by_critic = self._again(x, critic.schedule, lambda x_t, t, of: critic(x_t, t, rows_in(panel.cond, of)))
             blocks.append(("noised: critic", panel.pictures(by_critic, self.columns)))
             values["critic_error"] = _error(by_critic, x) / max(_error(by_teacher, x), 1e-12)
-        save_grid(path, blocks, self.columns)
+        if path is not None:
+            save_grid(path, blocks, self.columns)
         return values | {"seconds": time.perf_counter() - start}
 
     def _guided(self, x_t: Tensor, t: Tensor, of: slice) -> Tensor:

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import sys
-import tempfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -309,13 +308,12 @@ class Trainer:
             return {}
         live = self.generator.denoiser
         critics = [each for each in self.members.get("critic", []) if isinstance(each, Denoiser)]
-        with tempfile.TemporaryDirectory() as nowhere:  # for the pictures of processes that only take part
-            values = self._health.measure(
-                self.generator.around(_around(live, unwrap(live.network))),
-                # the bare network: a distributed wrapper would wait for the other processes
-                _around(critics[0], unwrap(critics[0].network)) if critics else None,
-                (self.folder / "health" if main else Path(nowhere)) / f"step-{self.step:08d}.png",
-            )
+        values = self._health.measure(
+            self.generator.around(_around(live, unwrap(live.network))),
+            # the bare network: a distributed wrapper would wait for the other processes
+            _around(critics[0], unwrap(critics[0].network)) if critics else None,
+            self.folder / "health" / f"step-{self.step:08d}.png" if main else None,
+        )
         self.teacher.rest()
         choice = self.config.on_collapse
         reason = self._health.collapse(values) if self.step > self.objective.settled else ""

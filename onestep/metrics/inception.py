@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..files import sha256_of
+from ..weights import find_file
 from .frechet import Moments, frechet_distance
 from .images import pixels_of
 
@@ -30,20 +31,7 @@ def find_weights(weights: str | Path | None = None) -> Path:
 
     Raises ValueError where it cannot be had.
     """
-    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / FILE
-    if path.is_file() and (weights or sha256_of(path) == SHA256):
-        return path
-    if weights:
-        raise ValueError(f"no file {path}; download {URL} and type --weights with its path")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(path), hash_prefix=SHA256)
-    except (OSError, RuntimeError) as error:  # URLError is an OSError, a wrong hash a RuntimeError
-        raise ValueError(
-            f"FID needs Inception-v3 and it could not be downloaded ({error}): fetch {URL} elsewhere, put it at {path} "
-            "or type --weights with its path"
-        ) from error
-    return path
+    return find_file("FID needs Inception-v3 and it", URL, FILE, weights, SHA256)
 
 
 def load_inception(path: Path, mode: str, device: torch.device | str) -> Callable[[Tensor], Tensor]:

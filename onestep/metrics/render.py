@@ -21,14 +21,11 @@ Sample = Callable[[Any, list[Any], list[torch.Generator], int, float], Tensor]
 
 def _dit(pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
     with _seeded(pipe.scheduler, generators * (2 if guidance > 1 else 1)):  # it steps the doubled batch
-        images = pipe(
-            class_labels=labels,
-            guidance_scale=guidance,
-            generator=generators,
-            num_inference_steps=steps,
-            output_type="np",
-        ).images
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+        return _called(pipe, class_labels=labels, guidance_scale=guidance, generator=generators, num_inference_steps=steps)
+
+
+def _called(pipe: Any, **arguments: Any) -> Tensor:
+    return torch.from_numpy(pipe(**arguments, output_type="np").images).permute(0, 3, 1, 2)
 
 
 @contextmanager
@@ -56,19 +53,11 @@ def _consistency(pipe: Any, labels: list[int], generators: list[torch.Generator]
 
 def _text(pipe: Any, prompts: list[str], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
     with _seeded(pipe.scheduler, generators):
-        images = pipe(
-            prompt=prompts,
-            guidance_scale=guidance,
-            generator=generators,
-            num_inference_steps=steps,
-            output_type="np",
-        ).images
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+        return _called(pipe, prompt=prompts, guidance_scale=guidance, generator=generators, num_inference_steps=steps)
 
 
 def _unconditional(pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
-    images = pipe(batch_size=len(labels), generator=generators, num_inference_steps=steps, output_type="np").images
-    return torch.from_numpy(images).permute(0, 3, 1, 2)
+    return _called(pipe, batch_size=len(labels), generator=generators, num_inference_steps=steps)
 
 
 def _dit_classes(pipe: Any) -> int | None:
