@@ -29,6 +29,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--protocol", help="a name out of docs/evaluation.md; it fixes all but steps and guidance")
     parser.add_argument("--reference", type=Path, help="statistics of eval/reference.py, a folder of images, or an npz")
     parser.add_argument("--metrics", help="with commas; default the protocol's, else fd")
+    parser.add_argument(
+        "--preference", metavar="NAMES", help="scorers with commas, NAME or NAME=WEIGHTS: hpsv2, aesthetic, imagereward"
+    )
     parser.add_argument("--extractor", help="default the protocol's, else inception; see docs/extractors.md")
     parser.add_argument("--weights", type=Path, help="the extractor's weights, where they are not in their usual place")
     parser.add_argument("--size", type=int, help="crop to a square and resize all images to this first")

@@ -1,5 +1,6 @@
 """Preference scorers on tiny checkpoints in the layout of the published ones, and through a stand-in of a package."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -7,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 from tiny_clip import register, save_clip
 from torch import nn
 
 from onestep.clip_model import load_clip
+from onestep.evaluate import main
 from onestep.files import sha256_of
-from onestep.metrics.preference import load_scorer
+from onestep.metrics import preference
+from onestep.metrics.preference import Scorer, load_scorer
 from onestep.metrics.preference_models import Aesthetic, HPSv2, padded
 
 PROMPTS = ["a red bicycle", "a bowl of lemons"]
@@ -141,3 +145,65 @@ def test_unknown_scorers_and_missing_weights_are_refused(tmp_path):
         load_scorer("hpsv2", tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"no file .*nowhere; download https://github.com/christophschuhmann/"):
         load_scorer("aesthetic", tmp_path / "nowhere")
+
+
+class Brightness(Scorer):
+    """The mean of a picture, and as many more as its prompt is long."""
+
+    name, sha256 = "HPSv2 (stand-in)", "0" * 64
+
+    def scored(self, images, prompts):
+        return torch.tensor([image.mean() + len(prompt) for image, prompt in zip(images, prompts)], dtype=torch.float64)
+
+
+class Plain(Brightness):
+    name, prompted = "aesthetic (stand-in)", False
+
+    def scored(self, images, prompts):
+        return super().scored(images, [""] * len(images))
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    monkeypatch.setattr(preference, "load_scorer", lambda name, *rest: {"hpsv2": Brightness, "aesthetic": Plain}[name]())
+
+
+@pytest.fixture
+def greys(tmp_path) -> Path:
+    """Five pictures of 8x8, of brightness 10, 20 .. 50, and prompts of 1, 2 .. 5 letters."""
+    (tmp_path / "greys").mkdir()
+    for i in range(1, 6):
+        Image.fromarray(np.full((8, 8), 10 * i, np.uint8)).save(tmp_path / "greys" / f"{i}.png")
+    (tmp_path / "prompts.txt").write_text("\n".join("x" * i for i in range(1, 6)))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:a distance from")
+def test_evaluate_has_the_mean_of_each_scorer(stand_ins, greys):
+    base = [str(greys / "greys"), "--reference", str(greys / "greys"), "--extractor", "digits", "--device", "cpu"]
+    argv = [*base, "--prompts", str(greys / "prompts.txt"), "--preference", "hpsv2,aesthetic"]
+    for batch in ("2", "64"):
+        assert main([*argv, "--batch-size", batch, "--output", str(greys / "rows.jsonl")]) == 0
+        row = json.loads((greys / "rows.jsonl").read_text().splitlines()[-1])
+        assert row["HPSv2 (stand-in)"] == 30 + 3 and row["aesthetic (stand-in)"] == 30
+        assert row["preference_sha256"] == {"HPSv2 (stand-in)": "0" * 64, "aesthetic (stand-in)": "0" * 64}
+        assert row["FD_proxy"] == pytest.approx(0, abs=1e-9)
+    assert main([*argv, "--count", "2", "--output", str(greys / "rows.jsonl")]) == 0
+    row = json.loads((greys / "rows.jsonl").read_text().splitlines()[-1])
+    assert row["HPSv2 (stand-in)"] == 15 + 1.5
+
+
+@pytest.mark.filterwarnings("ignore:a distance from")
+def test_a_scorer_without_prompts_takes_classes_too(stand_ins, tiny_teacher, greys, capsys):
+    argv = [str(tiny_teacher), "--protocol", "digits-1797", "--count", "4", "--device", "cpu"]
+    assert main([*argv, "--preference", "aesthetic", "--output", str(greys / "rows.jsonl")]) == 0
+    row = json.loads((greys / "rows.jsonl").read_text())
+    assert 0 < row["aesthetic (stand-in)"] < 255
+    assert main([*argv, "--preference", "hpsv2", "--output", str(greys / "other.jsonl")]) == 2
+    assert "--prompts FILE" in capsys.readouterr().err and not (greys / "other.jsonl").exists()
+
+
+def test_unknown_scorers_are_one_line(greys, capsys):
+    argv = [str(greys / "greys"), "--reference", str(greys / "greys"), "--extractor", "digits", "--device", "cpu"]
+    assert main([*argv, "--preference", "hpsv3", "--output", str(greys / "rows.jsonl")]) == 2
+    assert "allowed are hpsv2, aesthetic, imagereward" in capsys.readouterr().err

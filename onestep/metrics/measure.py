@@ -134,7 +134,7 @@ METRICS: dict[str, Metric] = {
     "diversity": Metric(_diversity, pooled=True, reference=False),
 }
 """FD is called FID in clean-fid's Inception-v3 alone, and so sFID and KID, which are sFD and KD elsewhere."""
-MEANS = ("class_accuracy", "CLIPScore(", "cosine(", "diversity(")
+MEANS = ("class_accuracy", "CLIPScore(", "cosine(", "diversity(", "HPSv2 (", "aesthetic (", "ImageReward (")
 """How the names of means begin, which few images make noisy but do not bias."""
 
 

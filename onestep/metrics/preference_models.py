@@ -64,6 +64,7 @@ class Aesthetic(Scorer):
 
     file = "sac+logos+ava1-l14-linearMSE.pth"
     url = f"https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/{file}"
+    prompted = False
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class ImageReward(Scorer):
         if find_spec("ImageReward") is None:
             raise ValueError(
                 "ImageReward comes with a package that insists on an old timm: make an environment for it and type "
-                "pip install image-reward; or take --scorer hpsv2"
+                "pip install image-reward; or type --preference hpsv2"
             )
         path = find_file("ImageReward", self.url, self.file, weights)
         config = path.with_name("med_config.json")

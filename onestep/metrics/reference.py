@@ -16,7 +16,7 @@ from .build_reference import FEATURES, NAME, POOLED, SPATIAL, sha256_of_files, t
 from .extractor import Extractor
 from .frechet import Moments
 from .images import Survey, files_of
-from .measure import METRICS, Measured, measure
+from .measure import METRICS, Measured, Pictures, measure
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,12 @@ def measured_folder(
     workers: int,
     reference_formats: Sequence[str] | None = None,
     count: int | None = None,
+    seen_by: Callable[[Pictures], Pictures] | None = None,
 ) -> Reference:
-    """A folder of images, or its first `count`; warns as `Survey.warn` does, against `reference_formats`."""
+    """A folder of images, or its first `count`; warns as `Survey.warn` does, against `reference_formats`.
+
+    `seen_by` takes the place of the pictures' reader, and hands on what it reads.
+    """
     files = files_of(folder)
     if count is not None and not 2 <= count <= len(files):
         raise ValueError(f"--count {count} is not allowed; {folder} holds {len(files)} images: type 2 to {len(files)}")
@@ -72,7 +76,8 @@ def measured_folder(
     def pictures(part: range) -> list[Callable[[], np.ndarray]]:
         return [partial(survey.read, files[i]) for i in part]
 
-    measured = measure(len(files), pictures, extractor, metrics, batch_size, size, workers)
+    shown = pictures if seen_by is None else seen_by(pictures)
+    measured = measure(len(files), shown, extractor, metrics, batch_size, size, workers)
     survey.gather()
     survey.warn(folder, reference_formats, one_size=size is not None)
     details = {"folder": Path(folder).as_posix(), "files_sha256": sha256_of_files(folder, files), **survey.details()}

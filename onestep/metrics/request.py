@@ -20,6 +20,8 @@ class Request:
     protocol: Protocol | Published | None = None
     reference: Path | None = None
     metrics: tuple[str, ...] | None = None
+    preference: str | None = None
+    """As `onestep.metrics.preference.scorers_of` takes it."""
     extractor: str | None = None
     weights: Path | None = None
     size: int | None = None

@@ -11,8 +11,10 @@ import torch
 
 from ..files import sha256_of
 from .extractor import Extractor, load_extractor
-from .measure import MEANS, METRICS, Measured, measure, scores
+from .images import files_of
+from .measure import MEANS, METRICS, Measured, Pictures, measure, scores
 from .pictures import Rendered
+from .preference import Judged, Scorer, scorers_of
 from .prompts import captioned
 from .protocol import ASSETS, Comparison, Protocol
 from .provenance import generation, provenance
@@ -36,8 +38,9 @@ def evaluate_any(request: Request) -> dict[str, Any]:
     metrics = r.metrics or ("fd",)
     exported = (r.what / "model_index.json").is_file()
     source = Export(r) if exported else None
+    scorers = scorers_of(r.preference, r.device) if r.preference else []
     real = _reference(r, extractor, metrics)
-    runs = [_run(r, source, extractor, metrics, real, repeat) for repeat in range(r.repeats or 1)]
+    runs = [_run(r, source, extractor, metrics, scorers, real, repeat) for repeat in range(r.repeats or 1)]
     fd = [name for name in runs[0][0] if name in (extractor.metric, f"{extractor.metric}_proxy")]
     found, made = min(runs, key=lambda run: run[0][fd[0]] if fd else 0.0)
     repeated = (
@@ -50,6 +53,7 @@ def evaluate_any(request: Request) -> dict[str, Any]:
         **made,
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
+        **({"preference_sha256": {each.name: each.sha256 for each in scorers}} if scorers else {}),
         **({"size": r.size} if r.size else {}),
         **({} if real is None else real.details),
         **provenance(r.device),
@@ -100,29 +104,37 @@ def _run(
     source: Export | None,
     extractor: Extractor,
     metrics: Sequence[str],
+    scorers: Sequence[Scorer],
     real: Reference | None,
     repeat: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Scores by their names, and what made the images."""
+    judges: list[Judged] = []
+
+    def judged(pictures: Pictures, prompts: Sequence[str] | None) -> Pictures:
+        judges.extend([Judged(pictures, scorers, prompts)] if scorers else [])
+        return judges[0] if judges else pictures
+
     if source is None:
         formats = None if real is None else real.formats
+        prompts, details = prompts_of(r, r.count or len(files_of(r.what))) if r.prompts else (None, {})
         fake = measured_folder(
             r.what, extractor, metrics, size=r.size, batch_size=r.batch_size, workers=r.workers,
-            reference_formats=formats, count=r.count,
+            reference_formats=formats, count=r.count, seen_by=partial(judged, prompts=prompts),
         )  # fmt: skip
-        measured, made = fake.measured, {"export": r.what.as_posix(), **fake.details}
-        if r.prompts:
-            prompts, details = prompts_of(r, int(made["count"]))
-            measured, made = replace(measured, prompts=prompts), made | details
+        measured, made = replace(fake.measured, prompts=prompts), {"export": r.what.as_posix(), **fake.details, **details}
     else:
         seed, count = source.seed(repeat), len(source.conditions)
         made = generation(source.pipe, r.what, count, seed, r.steps, r.guidance) | source.details
         kept = {name: made[name] for name in made if name not in ("export", "count", "seeds")}
         images = Rendered(source.pipe, source.conditions, seed, r.steps, r.guidance, r.save, kept)
-        measured = measure(count, images, extractor, metrics, r.batch_size, r.size, r.workers)
-        asked = {"prompts": source.conditions} if source.prompts else {"labels": torch.tensor(source.conditions)}
+        prompts = source.conditions if source.prompts else None
+        measured = measure(count, judged(images, prompts), extractor, metrics, r.batch_size, r.size, r.workers)
+        asked = {"prompts": prompts} if source.prompts else {"labels": torch.tensor(source.conditions)}
         measured = replace(measured, **asked)
     found = scores(None if real is None else real.measured, measured, metrics, extractor, str(r.reference))
+    for judge in judges:
+        found |= judge.means()
     return _named(found, made["count"], r.protocol), made
 
 
