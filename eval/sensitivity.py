@@ -12,7 +12,6 @@ Prints a table and writes it to --output as JSON. A thousand pictures take about
 """
 
 import json
-import os
 import sys
 import tempfile
 from argparse import RawDescriptionHelpFormatter
@@ -30,6 +29,7 @@ from tqdm import tqdm
 
 from onestep.cli import Parser
 from onestep.data.images import Embedded
+from onestep.files import replaced
 from onestep.metrics.extractor import Extractor, load_extractor
 from onestep.metrics.frechet import Moments, frechet_distance
 from onestep.metrics.provenance import provenance
@@ -178,9 +178,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         extractor = load_extractor(given.extractor, given.weights, given.device) if given.extractor else lite0(given.device)
         rows = study(extractor, images, groups)
         about = {"extractor": extractor.name, "extractor_sha256": extractor.sha256, **provenance(given.device)}
-        unfinished = given.output.with_name(f"{given.output.name}.part")
-        unfinished.write_text(json.dumps({"rows": rows, **about}, indent=1) + "\n")
-        os.replace(unfinished, given.output)
+        with replaced(given.output) as partial:
+            partial.write_text(json.dumps({"rows": rows, **about}, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

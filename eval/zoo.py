@@ -34,6 +34,7 @@ from onestep.card import update_score
 from onestep.cli import Parser
 from onestep.config import TrainConfig, differences, flat, load_config, load_recipe, resolve, save_config
 from onestep.denoiser import Denoiser, unwrap
+from onestep.files import replaced
 from onestep.log import keep_rows
 from onestep.lora import Adapter
 from onestep.metrics import PROTOCOLS, evaluate, load_pipeline
@@ -210,9 +211,8 @@ class Plan:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        scratch = folder / "plan.json.tmp"
-        scratch.write_text(json.dumps(asdict(self)) + "\n")
-        scratch.replace(folder / "plan.json")
+        with replaced(folder / "plan.json") as draft:
+            draft.write_text(json.dumps(asdict(self)) + "\n")
 
 
 def plan_of(job: Job, entry: Entry) -> Plan:
@@ -506,9 +506,8 @@ def save_columns(path: Path, columns: dict[str, Tensor]) -> None:
         sheet.paste(strip, (middle - strip.width // 2, top))
         draw.multiline_text((middle, top // 2), title, fill="black", font=font, anchor="mm", align="center")
         x += width
-    scratch = path.with_suffix(".tmp.png")
-    sheet.save(scratch)
-    scratch.replace(path)
+    with replaced(path) as draft:
+        sheet.save(draft, format="png")
 
 
 # ---- the command line

@@ -1,19 +1,18 @@
 """The best averaged student of a run so far, by its Fréchet distance on the teacher's protocol, kept for good."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from .config import TrainConfig
 from .denoiser import unwrap
-from .files import fsync, sha256_of
+from .files import fsync, replaced, save_tensors, sha256_of
 from .generator import Generator
 from .metrics.frechet import frechet_distance
 from .metrics.protocol import PROTOCOLS, protocol_of
@@ -97,14 +96,12 @@ class Best:
     def _keep(self, offered: Kept, student: Generator) -> None:
         """Write the student, then state.json that names its file, and only then remove the one before."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path, scratch = self.folder / offered.file, self.folder / ".scratch"
-        network = unwrap(student.denoiser.network)
-        save_file({key: value.detach().contiguous() for key, value in network.state_dict().items()}, scratch)
-        fsync(scratch)
-        os.replace(scratch, path)
-        scratch.write_text(json.dumps(asdict(offered) | {"sha256": sha256_of(path)}, indent=1) + "\n")
-        fsync(scratch)
-        os.replace(scratch, self.folder / STATE)
+        path = self.folder / offered.file
+        with replaced(path) as partial:
+            save_tensors(unwrap(student.denoiser.network).state_dict(), partial)
+        with replaced(self.folder / STATE) as partial:
+            partial.write_text(json.dumps(asdict(offered) | {"sha256": sha256_of(path)}, indent=1) + "\n")
+            fsync(partial)
         fsync(self.folder)
         for old in self.folder.iterdir():
             if old.name not in (offered.file, STATE):

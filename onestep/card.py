@@ -1,7 +1,6 @@
 """The model card of an exported folder, and the lines of Python that use it."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 import yaml
 
 from .denoiser import body
+from .files import replaced
 from .generator import Generator, part_of
 from .teacher import Teacher
 from .verify import HALF_TOLERANCE, SEEDS, is_large, takes_guidance, tolerance_of
@@ -178,8 +178,7 @@ def update_score(folder: Path, row: Mapping[str, Any]) -> None:
         _, mark, after = rest.partition(closing)
         if not mark:
             raise ValueError(f"{path} has no score to replace; export the folder again")
-        partial = path.with_name(".README.md.partial")
-        partial.write_text(before + _score_text(row) + after, encoding="utf-8")
-        os.replace(partial, path)
+        with replaced(path) as partial:
+            partial.write_text(before + _score_text(row) + after, encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path} cannot be rewritten: {error.strerror}; name a complete, writable export") from error

@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from .files import replaced
+
 
 def save_grid(path: Path, blocks: Sequence[tuple[str, Tensor]], columns: int) -> None:
     """Titled blocks of images (N, C, H, W) in [0, 1] side by side, of one size, small ones enlarged, as PNG."""
@@ -23,9 +25,8 @@ def save_grid(path: Path, blocks: Sequence[tuple[str, Tensor]], columns: int) ->
         draw.text((x + block.width // 2, top // 2), title, fill="black", font=font, anchor="mm")
         x += block.width + gap
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp.png")
-    sheet.save(scratch)
-    scratch.replace(path)
+    with replaced(path) as partial:
+        sheet.save(partial, format="png")
 
 
 def _block(images: Tensor, columns: int, scale: int) -> Image.Image:

@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from .config import TrainConfig
+from .files import replaced
 
 HEALTH = "health/"
 """What the names of scalars that are not the objective's own begin with."""
@@ -53,6 +54,5 @@ def keep_rows(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, TypeError, LookupError, RecursionError):
             continue
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text("".join(kept))
-    scratch.replace(path)
+    with replaced(path) as partial:
+        partial.write_text("".join(kept))

@@ -17,7 +17,7 @@ from torch import Tensor
 from .cli import Parser
 from .config import CONFIG_NAME, load_config, resolve
 from .data import Data
-from .files import save_tensors
+from .files import replaced, save_tensors
 from .nonfinite import ADVICE, NonFinite
 from .objectives import objective_class
 from .objectives.base import Batch
@@ -102,9 +102,8 @@ def keep_batch(trainer: Trainer, step: int, path: Path) -> None:
     batch = trainer.data.batch(step, config.batch_size, 0, config.batch_size, trainer.teacher.device)
     tensors = {"conditions": batch.conditions} | ({} if batch.real is None else {"real": batch.real})
     path.parent.mkdir(exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    save_tensors(tensors, scratch, {"step": str(step + 1), "seed": str(config.seed)})
-    scratch.replace(path)
+    with replaced(path) as partial:
+        save_tensors(tensors, partial, {"step": str(step + 1), "seed": str(config.seed)})
 
 
 def read_batch(path: Path) -> tuple[int, Tensor, Tensor | None]:

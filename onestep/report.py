@@ -1,12 +1,12 @@
 """python -m onestep.report RUN_OR_EXPORT... -o report.html: one page of what runs and exports hold (docs/report.md)."""
 
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from .cli import Parser
+from .files import replaced
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,12 +63,8 @@ def write(paths: Sequence[Path], output: Path, samples: int = 0, arguments: Sequ
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of few samples: the page calls those numbers proxies
         made = make_all(sources, samples) if samples else []
-    scratch = output.with_name(f".{output.name}.partial")
-    try:
-        scratch.write_text(page(sources, made, arguments), encoding="utf-8")
-        os.replace(scratch, output)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with replaced(output) as partial:
+        partial.write_text(page(sources, made, arguments), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import nn
 import onestep.checkpoint
 import onestep.files
 from onestep.checkpoint import latest_checkpoint, load_checkpoint, read_weights, save_checkpoint, tell_changed_caches
+from onestep.files import replaced
 from onestep.manifest import STATE
 
 
@@ -165,3 +166,14 @@ def test_a_forged_state_is_refused(changes: dict[str, Any], message: str, run: R
     with pytest.raises(ValueError, match=r"cannot be used: ") as caught:
         load_checkpoint(folder, {"network": run.network}, {"all": run.optimizer})
     assert message in str(caught.value)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "notes.json"
+    with replaced(file) as partial:
+        partial.write_text("first")
+        assert not file.exists() and partial.parent == tmp_path
+    with pytest.raises(OSError, match="full"), replaced(file) as partial:
+        partial.write_text("half of the sec")
+        raise OSError("the disk is full")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.json"] and file.read_text() == "first"

@@ -338,7 +338,7 @@ def test_a_killed_build_goes_on_after_its_last_complete_shard(tmp_path: Path) ->
     with pytest.raises(KeyboardInterrupt):
         Shards.build(tmp_path, "numbers", {}, 14, killed, rows_per_shard=4)
     (folder,) = tmp_path.iterdir()
-    (folder / "shard-00002.tmp").write_bytes(b"half")
+    (folder / ".shard-00002.safetensors.partial").write_bytes(b"half")
     with pytest.raises(ValueError, match=r"index.json cannot be read"):
         Shards(folder)
     done = (folder / "shard-00000.safetensors").stat().st_mtime_ns
@@ -348,7 +348,7 @@ def test_a_killed_build_goes_on_after_its_last_complete_shard(tmp_path: Path) ->
     shards = Shards.build(tmp_path, "numbers", {}, 14, lambda a, b: calls.append(a) or numbers(a, b), rows_per_shard=4)
     assert calls == [4, 8, 12] and (folder / "shard-00000.safetensors").stat().st_mtime_ns == done
     assert shards[torch.arange(14)]["row"].tolist() == list(range(14))
-    assert sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".tmp")) == ["index.json"]
+    assert sorted(path.name for path in folder.iterdir() if path.suffix in (".json", ".partial")) == ["index.json"]
 
 
 def test_of_several_processes_one_builds(tmp_path: Path) -> None:

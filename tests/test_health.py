@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -327,15 +328,13 @@ def test_only_a_better_one_of_as_many_images_takes_the_place(tmp_path: Path, mon
 
 
 def test_the_best_is_there_wherever_a_kill_falls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import onestep.best as module
-
     best = trainer_of(tmp_path, 40).best
     assert best is not None
     student = Generator(denoiser(Gaussian(EDM(), "edm")), [80.0])
     values = iter((5.0, 4.0, 3.0, 2.0, 1.0))
     monkeypatch.setattr(best, "distance", lambda student: next(values))
     best.offer(1, student)
-    replace = module.os.replace
+    replace = os.replace
     for step, number in ((2, 1), (3, 2)):  # before the weights, and before state.json take their names
         calls: list[int] = []
 
@@ -346,7 +345,7 @@ def test_the_best_is_there_wherever_a_kill_falls(tmp_path: Path, monkeypatch: py
             replace(source, target)
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(module.os, "replace", cut)
+            patch.setattr(os, "replace", cut)
             best.offer(step, student)
         assert read_best(tmp_path)[0].step == 1
     best.offer(4, student)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -298,7 +299,7 @@ def test_an_older_page_stays_until_the_new_one_is_whole(tmp_path: Path, monkeypa
     def full(*paths: Path) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(SystemExit):
         report.main([str(run), "-o", str(output)])
     assert output.read_text() == "old" and [each.name for each in tmp_path.glob("*page*")] == ["page.html"]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files import fsync, save_tensors, sha256_of
+from ..files import fsync, replaced, save_tensors, sha256_of
 
 INDEX = "index.json"
 IN_MEMORY = 1 << 30
@@ -198,9 +198,8 @@ def _progress(path: Path) -> dict[str, str]:
 def _write(path: Path, rows: Rows, count: int, dtype: torch.dtype | None) -> None:
     assert all(len(each) == count for each in rows.values()), "make(start, stop) has stop - start rows"
     kept = {k: v.to("cpu", dtype if dtype and v.is_floating_point() else v.dtype).contiguous() for k, v in rows.items()}
-    scratch = path.with_suffix(".tmp")
-    save_tensors(kept, scratch)
-    scratch.replace(path)
+    with replaced(path) as partial:
+        save_tensors(kept, partial)
 
 
 def _room(folder: Path, needed: int) -> None:
@@ -215,7 +214,6 @@ def _room(folder: Path, needed: int) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file that is whole or absent."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(content))
-    fsync(scratch)
-    scratch.replace(path)
+    with replaced(path) as partial:
+        partial.write_text(json.dumps(content))
+        fsync(partial)

@@ -8,6 +8,7 @@ from diffusers.utils import convert_state_dict_to_kohya
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files import replaced
 from .adapter import Adapter
 from .merging import plain
 
@@ -35,9 +36,8 @@ def save_lora(adapter: Adapter, path: Path, format: str = "diffusers", dtype: to
         tensors = convert_state_dict_to_kohya(tensors)
     file = path if path.suffix == ".safetensors" else path / "pytorch_lora_weights.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.tmp")
-    save_file(tensors, scratch, metadata={"format": "pt"})
-    scratch.replace(file)
+    with replaced(file) as partial:
+        save_file(tensors, partial, metadata={"format": "pt"})
     return file
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..files import sha256_of
+from ..files import replaced, sha256_of
 from .extractor import Extractor, Features
 from .images import Survey, files_of
 from .measure import Collector, Measured, seen
@@ -95,18 +95,16 @@ def _begin(unfinished: Path, settings: dict[str, Any]) -> None:
     if unfinished.is_dir() and any(unfinished.iterdir()):
         raise ValueError(f"{unfinished} is there and is no build that was stopped: remove it, or name another -o")
     unfinished.mkdir(exist_ok=True)
-    draft = unfinished / "settings.json.part"
-    draft.write_text(json.dumps(settings), encoding="utf-8")
-    os.replace(draft, path)
+    with replaced(path) as draft:
+        draft.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _write_part(path: Path, batches: list[Features]) -> None:
     tensors = {"pooled": torch.cat([each.pooled for each in batches])}
     if all(each.spatial is not None for each in batches):
         tensors["spatial"] = torch.cat([each.spatial for each in batches if each.spatial is not None])
-    draft = path.with_suffix(".part")
-    save_file(tensors, draft)
-    os.replace(draft, path)
+    with replaced(path) as draft:
+        save_file(tensors, draft)
 
 
 def _read_part(path: Path) -> Features:

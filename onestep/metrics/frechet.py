@@ -4,13 +4,14 @@ Everything here is float64 on the CPU, whatever device and precision the feature
 """
 
 import copy
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ..files import replaced
 
 BLOCK = 64
 """Vectors whose moments are taken at once, whatever the size of the batches that they come in."""
@@ -103,9 +104,8 @@ class Moments:
         """
         row, column = torch.tril_indices(self.dimensions, self.dimensions)
         tensors = {"n": torch.tensor([self.count]), "mean": self.mean, "cov": self.covariance[row, column]}
-        unfinished = Path(path).with_name(Path(path).name + ".part")
-        save_file(tensors, unfinished)
-        os.replace(unfinished, path)
+        with replaced(path) as partial:
+            save_file(tensors, partial)
 
     @classmethod
     def load(cls, path: str | Path) -> "Moments":

@@ -1,7 +1,6 @@
 """Generated images as an evaluation needs them: from an export, one seed each, and on disk where they are to be kept."""
 
 import json
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
+from ..files import replaced
 from .images import Survey, pixels_of
 from .measure import Picture
 from .render import render
@@ -53,9 +53,8 @@ class Rendered:
         )
         images = list(pixels_of(batches))
         for file, image in zip(files, images):
-            draft = file.with_suffix(".part")
-            Image.fromarray(image).save(draft, format="png")
-            os.replace(draft, file)
+            with replaced(file) as draft:
+                Image.fromarray(image).save(draft, format="png")
         return [partial(np.asarray, image) for image in images]
 
 
@@ -75,6 +74,5 @@ def claim(folder: Path, made_by: dict[str, Any]) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--save {folder} is not empty and has no {SETTINGS}: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    draft = folder / (SETTINGS + ".part")
-    draft.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, path)
+    with replaced(path) as draft:
+        draft.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
