@@ -45,10 +45,6 @@ def loaded(config: TrainConfig, device: torch.device | str) -> Teacher:
         use_xformers(teacher)
     players = {"student": config.student, "critic": config.critic}
     lora = frozenset(player for player, kind in players.items() if kind == "lora")
-    if config.offload and lora:
-        raise ValueError(
-            "--offload moves away the weights that adapters work on: leave it out, or train --student full and --critic full"
-        )
     teacher.copies = Copies(lora, config.rank, config.targets, config.gradient_checkpointing)
     return teacher
 

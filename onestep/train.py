@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminable():
             return _main(sys.argv[1:] if argv is None else argv)
-    except (ValueError, FloatingPointError, OSError, *_safetensors_error()) as error:
+    except _told() as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         then = "; make room on the disk, and the same command goes on from the last checkpoint" if full else ""
         Parser(prog=PROG).error(f"{error}{then}")
@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _safetensors_error() -> tuple[type[Exception], ...]:
-    """What safetensors raises where a disk is full; nothing where an error came before it was imported."""
+def _told() -> tuple[type[Exception], ...]:
+    """Errors that are told in one line. That of safetensors is a full disk; none is its before it was imported."""
     module = sys.modules.get("safetensors")
-    return (module.SafetensorError,) if module else ()
+    return (ValueError, FloatingPointError, OSError, *([module.SafetensorError] if module else []))
 
 
 @contextmanager
