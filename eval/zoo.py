@@ -42,7 +42,8 @@ from onestep.metrics.protocol import Protocol, protocol_of
 from onestep.metrics.provenance import provenance
 from onestep.metrics.render import render
 from onestep.options import nearest
-from onestep.run import RESULTS_NAME, export_name, export_run, finish, make_trainer
+from onestep.run import export_name, export_run, finish, make_trainer
+from onestep.saved import RESULTS_NAME
 from onestep.teacher import facts_of, load_teacher
 from onestep.trainer import Trainer
 

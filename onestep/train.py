@@ -60,7 +60,7 @@ def _main(argv: Sequence[str]) -> int:
     students = range(config.students) if several else [config.only]
     if namespace.dry_run:
         return _dry_run(replace(config, only=students[0]), options)
-    from .students import assemble, devices, train_side_by_side
+    from .multi_student import assemble, devices, train_side_by_side
     from .trainer import accelerator_of
 
     if several and config.device == "auto" and (places := devices()):
@@ -78,10 +78,10 @@ def _main(argv: Sequence[str]) -> int:
 
 def _train(config: TrainConfig, options: Any, method_options: type, restart: bool) -> bool:
     """One run to its end, exported and scored; False where it was asked to stop."""
+    from .multi_student import Part
     from .nonfinite import NonFinite
-    from .replay import located
+    from .replaying import located
     from .run import finish, make_trainer
-    from .students import Part
     from .trainer import accelerator_of
 
     accelerator = accelerator_of(config)
