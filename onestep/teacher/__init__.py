@@ -1,6 +1,7 @@
 """Teachers: frozen diffusers pipelines seen as denoisers, and the table of those known by name.
 
-A new family of pipelines is a subclass of `Teacher` and a line in FAMILIES; a new checkpoint is a line in TEACHERS.
+A new family of pipelines is a subclass of `Teacher` and a line in FAMILIES of `load.py`; a new checkpoint is a line in
+TEACHERS of `table.py`.
 """
 
 from typing import TYPE_CHECKING
