@@ -21,7 +21,7 @@ from zoo import Entry, Job, Timed, append, parse, plan_of, rows_of
 
 from onestep.cli import Parser
 from onestep.config import save_config
-from onestep.export import export
+from onestep.exporting import export
 from onestep.log import keep_rows
 from onestep.metrics import evaluate
 from onestep.run import DTYPES, card_of

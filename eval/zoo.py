@@ -37,13 +37,14 @@ from onestep.denoiser import Denoiser, unwrap
 from onestep.files import replaced
 from onestep.log import keep_rows
 from onestep.lora import Adapter
+from onestep.methods import METHODS, config_class
 from onestep.metrics import PROTOCOLS, evaluate, load_pipeline
 from onestep.metrics.protocol import Protocol, protocol_of
 from onestep.metrics.provenance import provenance
 from onestep.metrics.render import render
-from onestep.objectives import OBJECTIVES, objective_class
 from onestep.options import nearest
-from onestep.run import RESULTS_NAME, export_name, export_run, finish, make_trainer
+from onestep.run import export_name, export_run, finish, make_trainer
+from onestep.saved import RESULTS_NAME
 from onestep.teacher import facts_of, load_teacher
 from onestep.trainer import Trainer
 
@@ -94,7 +95,7 @@ class Job:
             flags |= {"iterations": iterations, "checkpoint_every": max(1, iterations // 10)}
         recipe = {"method": entry.method, "teacher": self.teacher, **entry.options}
         facts = facts_of(self.teacher).options(entry.method)
-        return resolve(objective_class(entry.method).Config, facts, recipe, flags, f"the entry {entry.name}")
+        return resolve(config_class(entry.method), facts, recipe, flags, f"the entry {entry.name}")
 
 
 # ---- time and passes
@@ -536,8 +537,8 @@ def entries_in(path: Path | None, methods: Sequence[str] | None) -> dict[str, En
             raise ValueError("no file of entries for this teacher; type --methods with some, or --entries FILE")
         return found
     for name in methods:
-        if name not in found and name not in OBJECTIVES:
-            known = {*found, *OBJECTIVES}
+        if name not in found and name not in METHODS:
+            known = {*found, *METHODS}
             raise ValueError(f"no method {name!r}; allowed are {', '.join(sorted(known))}{nearest(name, known)}")
     return {name: found.get(name, Entry(name, name, {}, 0)) for name in methods}
 

@@ -12,12 +12,12 @@ import yaml
 from .denoiser import body
 from .files import replaced
 from .generator import Generator, part_of
+from .saved import SCORE
 from .teacher import Teacher
 from .verify import HALF_TOLERANCE, SEEDS, is_large, takes_guidance, tolerance_of
 
 LORA_NAME = "pytorch_lora_weights.safetensors"
 SCHEDULER = "scheduler/scheduler_config.json"
-SCORE = ("<!-- score -->\n", "<!-- /score -->\n")
 LICENCES = {"apache-2.0", "mit", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "openrail++", "unknown"}
 """Values that the front matter of a model card may name; anything else is "other"."""
 

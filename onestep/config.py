@@ -46,6 +46,9 @@ class MethodConfig:
     INSISTS: ClassVar[Mapping[str, Any]] = {}
     """The same where the method knows better than the teacher's facts; recipes and flags are still obeyed."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError where options do not fit each other; the defaults do."""
+
 
 @dataclass
 class TrainConfig:
@@ -134,6 +137,11 @@ class TrainConfig:
             raise ValueError(f"only {self.only} is none of {self.students} students; type --only 0 .. {self.students - 1}")
         if self.student_width > 1:
             raise ValueError(f"student_width {self.student_width} is wider than the teacher; type --student-width 1 or less")
+        if self.offload and "lora" in (self.student, self.critic):
+            raise ValueError(
+                "--offload moves away the weights that adapters work on: leave it out, or train --student full and --critic "
+                "full"
+            )
         if self.part_list is not None and len(self.part_list) != self.students:
             raise ValueError(
                 f"parts {self.parts} are those of {len(self.part_list)} students; type --students {len(self.part_list)}"

@@ -13,9 +13,9 @@ from torch import nn
 from . import guidance_adapter
 from .card import LICENCES, Card
 from .denoiser import body, unwrap
-from .export import _replacing as replacing
-from .export import _stock_pipeline as stock_pipeline
-from .export import stored_network
+from .exporting import _replacing as replacing
+from .exporting import _stock_pipeline as stock_pipeline
+from .exporting import stored_network
 from .guidance_adapter import SUBFOLDER, attached
 from .guided import Guided, count
 from .guided_sampler import GuidedSampler

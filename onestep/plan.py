@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from .cli import Parser, first_pass, flags_of, parser
 from .config import PROG as TRAIN
 from .config import TrainConfig, resolve
+from .methods import config_class
 from .options import shown
+from .teacher import facts_of
 
 if TYPE_CHECKING:
     from .plan_memory import Memory
@@ -40,17 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     first = first_pass(argv)
-    from .objectives import objective_class
-    from .teacher import facts_of
-
-    method, facts = objective_class(first.method), facts_of(first.teacher)
-    given = _parser(method.Config, facts.options(first.method), first.method).parse_args(argv)
+    own, facts = config_class(first.method), facts_of(first.teacher).options(first.method)
+    given = _parser(own, facts, first.method).parse_args(argv)
     limit = None if given.device_memory is None else size_of(given.device_memory)
     processes = given.processes
     if processes < 1:
         raise ValueError(f"--processes is {processes}; allowed is 1 and more, for example --processes 8")
     flags = {k: v for k, v in flags_of(given).items() if k not in ("device_memory", "processes")}
-    config, options = resolve(method.Config, facts.options(first.method), first.recipe, flags, first.config or "the recipe")
+    config, options = resolve(own, facts, first.recipe, flags, first.config or "the recipe")
     from .plan_search import Planner
 
     planner = Planner(config, options, processes)

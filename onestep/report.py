@@ -51,15 +51,16 @@ def write(paths: Sequence[Path], output: Path, samples: int = 0, arguments: Sequ
 
     Raises ValueError for folders that hold nothing to report, and for an `output` that cannot be written.
     """
-    from .reporting.page import page  # imports torch, which --help and errors in flags do without
-    from .reporting.samples import make_all
-    from .reporting.sources import read
-
     if samples < 0:
         raise ValueError(f"--samples {samples} is not allowed; type 2 or more, or leave it out")
     if output.is_dir() or not output.resolve().parent.is_dir():
         raise ValueError(f"{output} is no file in a folder that there is; type -o with another one, such as report.html")
+    from .reporting.sources import read
+
     sources = read(paths)
+    from .reporting.page import page  # imports torch, which --help and bad input do without
+    from .reporting.samples import make_all
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of few samples: the page calls those numbers proxies
         made = make_all(sources, samples) if samples else []

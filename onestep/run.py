@@ -11,24 +11,24 @@ from torch import Tensor
 
 from .best import read_best
 from .card import Card, asked_guidance, lora_snippet, snippet, update_score
-from .check import require_prediction, samples
+from .checking import require_prediction, samples
 from .checkpoint import latest_checkpoint, read_weights
-from .config import CONFIG_NAME, PROG, TrainConfig, flat, load_config, resolve
+from .config import CONFIG_NAME, PROG, TrainConfig, flat
 from .data import Data
 from .denoiser import body
-from .export import export, export_lora
+from .exporting import export, export_lora
 from .generator import Generator, steps_from
 from .guided_export import export_guided
 from .guided_sampler import GuidedSampler
+from .multi_student import restricted
 from .objectives import objective_class
+from .saved import RESULTS_NAME, saved_options
 from .second_time import WEIGHT
 from .smaller import smaller
-from .students import restricted
-from .teacher import Copies, Teacher, facts_of, load_teacher
+from .teacher import Copies, Teacher, load_teacher
 from .trainer import Trainer, accelerator_of, rows_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-RESULTS_NAME = "results.jsonl"
 INPUTS = (WEIGHT, "time_embedding.cond_proj.weight")
 """Ends of the names of weights that start at zero where a method gives a network an input."""
 
@@ -45,10 +45,6 @@ def loaded(config: TrainConfig, device: torch.device | str) -> Teacher:
         use_xformers(teacher)
     players = {"student": config.student, "critic": config.critic}
     lora = frozenset(player for player, kind in players.items() if kind == "lora")
-    if config.offload and lora:
-        raise ValueError(
-            "--offload moves away the weights that adapters work on: leave it out, or train --student full and --critic full"
-        )
     teacher.copies = Copies(lora, config.rank, config.targets, config.gradient_checkpointing)
     return teacher
 
@@ -180,17 +176,10 @@ def export_run(
     instead of a full model. `steps` are the student's network calls, at the times that `steps_from` has for them: the
     weights are the same.
 
-    Raises ValueError where the folder holds no run, or a run without a sound checkpoint, and for steps below 1.
+    Raises ValueError where the folder holds no run, or a run without a sound checkpoint.
     """
-    if steps is not None and steps < 1:
-        raise ValueError(f"--steps {steps} is not allowed; type --steps 1 or more")
-    recipe = load_config(run)
-    source = str(run / CONFIG_NAME)
-    for key in ("method", "teacher"):
-        if not isinstance(recipe.get(key), str):
-            raise ValueError(f"{source} names no {key}, so {run} is no run of onestep.train; name the folder of one")
-    method_options = objective_class(recipe["method"]).Config
-    config, options = resolve(method_options, facts_of(recipe["teacher"]).options(recipe["method"]), recipe, {}, source)
+    assert steps is None or steps >= 1
+    config, options = saved_options(run)
     weights = read_best(run)[1] if best else newest_average(run)
     teacher = loaded(config, "cpu")
     asked = replace(config, init=None, student_steps=steps or config.student_steps)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
 
 from .cli import Parser, first_pass, flags_of, parser
 from .config import CONFIG_NAME, PARTIAL, PROG, TrainConfig, differences, flat, load_config, resolve, save_config
+from .methods import config_class
+from .teacher import facts_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,13 +26,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminable():
             return _main(sys.argv[1:] if argv is None else argv)
-    except (ValueError, FloatingPointError, OSError, SafetensorError) as error:  # the last one: a full disk
+    except _told() as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
         then = "; make room on the disk, and the same command goes on from the last checkpoint" if full else ""
         Parser(prog=PROG).error(f"{error}{then}")
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
+
+
+def _told() -> tuple[type[Exception], ...]:
+    """Errors that are told in one line. That of safetensors is a full disk; none is its before it was imported."""
+    module = sys.modules.get("safetensors")
+    return (ValueError, FloatingPointError, OSError, *([module.SafetensorError] if module else []))
 
 
 @contextmanager
@@ -46,19 +53,14 @@ def _terminable() -> Iterator[None]:
 
 def _main(argv: Sequence[str]) -> int:
     first = first_pass(argv)
-    from .objectives import objective_class
-    from .teacher import facts_of
-
-    cls, facts = objective_class(first.method), facts_of(first.teacher)
-    namespace = parser(cls.Config, facts.options(first.method), first.method).parse_args(argv)
-    config, options = resolve(
-        cls.Config, facts.options(first.method), first.recipe, flags_of(namespace), first.config or "the recipe"
-    )
+    own, facts = config_class(first.method), facts_of(first.teacher).options(first.method)
+    namespace = parser(own, facts, first.method).parse_args(argv)
+    config, options = resolve(own, facts, first.recipe, flags_of(namespace), first.config or "the recipe")
     several = config.students > 1 and config.only is None
     students = range(config.students) if several else [config.only]
     if namespace.dry_run:
         return _dry_run(replace(config, only=students[0]), options)
-    from .students import assemble, devices, train_side_by_side
+    from .multi_student import assemble, devices, train_side_by_side
     from .trainer import accelerator_of
 
     if several and config.device == "auto" and (places := devices()):
@@ -67,7 +69,7 @@ def _main(argv: Sequence[str]) -> int:
         return 0
     accelerator = accelerator_of(config)
     # the first that is asked to stop ends it
-    finished = all(_train(replace(config, only=each), options, cls.Config, namespace.restart) for each in students)
+    finished = all(_train(replace(config, only=each), options, own, namespace.restart) for each in students)
     if several and finished and accelerator.is_main_process:
         print(assemble(config.group))
     accelerator.end_training()
@@ -76,10 +78,10 @@ def _main(argv: Sequence[str]) -> int:
 
 def _train(config: TrainConfig, options: Any, method_options: type, restart: bool) -> bool:
     """One run to its end, exported and scored; False where it was asked to stop."""
+    from .multi_student import Part
     from .nonfinite import NonFinite
-    from .replay import located
+    from .replaying import located
     from .run import finish, make_trainer
-    from .students import Part
     from .trainer import accelerator_of
 
     accelerator = accelerator_of(config)

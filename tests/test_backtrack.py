@@ -21,6 +21,7 @@ from onestep.objectives.backtrack import Backtrack
 from onestep.objectives.base import Batch
 from onestep.objectives.disback import DisBack
 from onestep.objectives.dmd2 import DMD2
+from onestep.objectives.f_distill import FDistill
 from onestep.objectives.score import ScoreDistillation
 from onestep.plan_memory import Run
 from onestep.plan_teacher import Blank
@@ -145,9 +146,10 @@ def test_off_is_off(tmp_path: Path) -> None:
     assert path.node is None and not list(tmp_path.iterdir())
 
 
-def test_more_nodes_than_steps_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [DisBack, FDistill])
+def test_more_nodes_than_steps_are_refused(kind: type[ScoreDistillation]) -> None:
     with pytest.raises(ValueError, match="5 is more than the 4 steps of --backtrack; type a smaller --backtrack-nodes"):
-        Backtrack(tmp_path, dit(), 4, 5, 1)
+        kind.Config(backtrack=4, backtrack_nodes=5)
 
 
 def test_each_target_is_the_node_and_the_last_is_the_unmodified_teacher(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from background import TINY
+from safetensors import SafetensorError
 
 import onestep.export
 from onestep.train import main
@@ -111,6 +112,14 @@ def test_folders_that_cannot_be_written(refused, small: list[str], tmp_path: Pat
         with pytest.raises(ZeroDivisionError):
             main([*small, "--output", "other"])
         shutil.rmtree("other")
+
+
+def test_an_error_of_safetensors_is_one_line(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(argv: list[str]) -> int:
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("onestep.train._main", full)
+    assert refused() == "error: I/O error: No space left on device\n"
 
 
 def test_a_damaged_run(refused, small: list[str], tmp_path: Path) -> None:

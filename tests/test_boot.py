@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from onestep.card import Card
 from onestep.config import resolve
 from onestep.denoiser import Cond, unwrap
-from onestep.export import export
+from onestep.exporting import export
 from onestep.generator import Generator
 from onestep.objectives.base import Batch
 from onestep.objectives.boot import BOOT, SPAN

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from tiny import dit_pipeline, edm_pipeline, randomise
 from torch import Tensor
 
-from onestep import export as exporting
+from onestep import exporting
 from onestep import verify as verifying
 from onestep.card import Card, snippet, update_score
-from onestep.export import export, scheduler_for
+from onestep.exporting import export, scheduler_for
 from onestep.generator import Generator
 from onestep.teacher import DiTTeacher, EDMTeacher, Facts, Teacher
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import onestep.export
 from onestep import verify as verifying
 from onestep.card import Card
-from onestep.export import export, scheduler_for, step_counts
+from onestep.exporting import export, scheduler_for, step_counts
 from onestep.generator import Generator, part_of, steps_from
 from onestep.metrics.provenance import sha256_of_weights
 from onestep.teacher import Facts, Teacher, family_named, stable_diffusion

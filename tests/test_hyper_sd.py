@@ -17,11 +17,12 @@ from onestep.config import resolve
 from onestep.denoiser import Denoiser, call_network
 from onestep.generator import Generator
 from onestep.lora import Adapter
+from onestep.methods.hyper_sd import stages_of
 from onestep.objectives import hyper_sd
 from onestep.objectives.base import Batch
 from onestep.objectives.hyper_sd import HyperSD, end_of
 from onestep.objectives.hyper_sd_score import HyperSDScore
-from onestep.objectives.segments import SegmentGAN, edge_below, renoised, stages_of
+from onestep.objectives.segments import SegmentGAN, edge_below, renoised
 from onestep.rng import Rng
 from onestep.schedule import EDM, RectifiedFlow, Schedule
 from onestep.second_time import KEY, layers

@@ -14,7 +14,7 @@ from tiny_text import PIPELINES
 
 from onestep.card import Card
 from onestep.denoiser import Denoiser
-from onestep.export import export
+from onestep.exporting import export
 from onestep.generator import Generator
 from onestep.objectives.cd import CD
 from onestep.objectives.lcm import FEATURES, LCM, LCMConfig, add_guidance, always_told

@@ -12,11 +12,12 @@ from tiny import dit_pipeline, edm_pipeline, randomise
 from tiny_text import PIPELINES
 
 from onestep.denoiser import unwrap
-from onestep.objectives import OBJECTIVES, Objective, objective_class
+from onestep.methods import METHODS as ALL
+from onestep.objectives import Objective, objective_class
 from onestep.teacher import Copies, DiTTeacher, EDMTeacher, Facts, Teacher, family_named
 from onestep.teacher.text import TextTeacher
 
-METHODS = [name for name in OBJECTIVES if name != "regression"]  # which asks the teacher for pairs, and no more
+METHODS = [name for name in ALL if name != "regression"]  # which asks the teacher for pairs, and no more
 FAMILIES = ["dit", "edm", *PIPELINES]
 FROM_PAIRS = {name: {"pairs": 3, "pair_steps": 2} for name in ("kd", "hipa", "instaflow")}
 OPTIONS: dict[str, dict[str, Any]] = {"dmd": {"regression": 0.0}, "disback": {"backtrack": 0}, **FROM_PAIRS}

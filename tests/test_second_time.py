@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from onestep import checkpointing
 from onestep.checkpoint import load_checkpoint, save_checkpoint
 from onestep.denoiser import Denoiser, body, follow
-from onestep.export import stored_network
+from onestep.exporting import stored_network
 from onestep.run import start_from
 from onestep.second_time import FEATURES, KEY, WEIGHT, TimedLinear, add_second_time, folded, layers, timed
 from onestep.teacher import Teacher

@@ -25,8 +25,9 @@ from onestep.card import Card
 from onestep.config import TrainConfig, options_of, resolve, save_config
 from onestep.data import Data
 from onestep.data.shards import Shards
-from onestep.export import export
+from onestep.exporting import export
 from onestep.generator import Generator, steps_from
+from onestep.multi_student import Part, assemble, side_by_side
 from onestep.objectives import objective_class
 from onestep.objectives.base import Batch
 from onestep.objectives.diff_instruct import DiffInstructConfig
@@ -36,7 +37,6 @@ from onestep.objectives.score_matching import ScoreMatching
 from onestep.partition import Classes, Prompts, balanced, grow, partition_of, pooled, read_partition, vectors_of, walk
 from onestep.run import make_trainer
 from onestep.smaller import SMALLER, smaller
-from onestep.students import Part, assemble, side_by_side
 from onestep.students import main as students_main
 from onestep.teacher import Copies, DiTTeacher, EDMTeacher, Facts, Teacher, family_named, load_teacher
 from onestep.teacher.text import TextTeacher

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny import dit_pipeline
 
 from onestep.config import flat
-from onestep.objectives import OBJECTIVES
+from onestep.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 MINUTES = 0.02
@@ -348,7 +348,7 @@ def test_a_torn_line_costs_no_other(tmp_path: Path):
 @pytest.mark.parametrize("teacher", ("fashion", "digits"))
 def test_the_entries_of_the_project_resolve_to_what_they_say(teacher: str, tmp_path: Path):
     job, entries = zoo.parse(["--teacher", teacher, "--output", str(tmp_path)])
-    assert {entry.method for entry in entries} <= set(OBJECTIVES) and len(entries) >= 9
+    assert {entry.method for entry in entries} <= set(METHODS) and len(entries) >= 9
     assert job.protocol.name == {"fashion": "fashion-10k", "digits": "digits-1797"}[teacher]
     for entry in entries:
         found = flat(*job.resolved(entry, 100))

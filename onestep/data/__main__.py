@@ -4,8 +4,6 @@ import sys
 from collections.abc import Sequence
 
 from ..cli import Parser
-from .clean import Needs, scan
-from .sources import open_source
 
 PROG = "python -m onestep.data"
 
@@ -21,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check.add_argument(f"--{name}", choices=("required", "optional"), default="optional", help="default: %(default)s")
     check.add_argument("--min-side", type=int, default=0, metavar="PIXELS", help="drop pictures with a smaller side")
     given = made.parse_args(argv)
+    from .clean import Needs, scan
+    from .sources import open_source
+
     images = {"required": True, "ignored": False, None: None}[given.images]
     try:
         needs = Needs(images, given.captions == "required", given.labels == "required", given.min_side)

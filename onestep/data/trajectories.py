@@ -70,13 +70,8 @@ class GuidedTrajectories:
         seed: int = 0,
         batch: int = 64,
     ):
-        """Raises ValueError where `points` does not divide `steps`."""
-        if steps % points:
-            allowed = ", ".join(str(n) for n in range(1, steps + 1) if steps % n == 0)
-            raise ValueError(
-                f"trajectory_points {points} is no divisor of trajectory_steps {steps}; type --trajectory-points with "
-                f"one of {allowed}"
-            )
+        """`points` divides `steps`."""
+        assert steps % points == 0
         self.teacher, self.points, self.low, self.high, self.seed, self.batch = teacher, points, low, high, seed, batch
         self.grid = Grid(teacher.denoiser.schedule, steps, device=teacher.device)
         self.count = count * points

@@ -1,47 +1,21 @@
 """AGD: classifier-free guidance learnt by adapters, for one pass a step (Jensen et al. 2025, arXiv 2503.07274)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MethodConfig, option
 from ..data.trajectories import GuidedTrajectories, Point, guided_way, match
 from ..denoiser import body
 from ..generator import Generator
 from ..guided import KEY, adapter_for, count
 from ..guided_sampler import GuidedSampler
+from ..methods.agd import AGDConfig
 from ..teacher import Teacher
 from ..trajectory import Grid
 from .base import Batch, Objective
-
-
-@dataclass
-class AGDConfig(MethodConfig):
-    """Options of AGD. Trajectories are made once, kept in the cache folder, and found again by every run."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "beta1": 0.9,
-        "beta2": 0.999,
-        "iterations": 5000,
-        "warmup": 500,
-        "student_steps": 50,
-        "evaluate": False,
-    }
-    INSISTS: ClassVar[Mapping[str, Any]] = {"init_rho": None, "batch_size": 64, "student": "lora"}
-
-    adapter: str = option("offset", "a vector a block, or attention to guidance and prompt", choices=("offset", "attention"))
-    hidden: int = option(0, "width of the adapters; 0 means what --share asks for", minimum=0)
-    share: float = option(0.02, "parameters of the adapters as a fraction of the network's", above=0)
-    guidance_min: float = option(1.0, "least guidance to learn", minimum=0)
-    guidance_max: float = option(6.0, "largest guidance to learn", minimum=0)
-    trajectories: int = option(512, "guided trajectories in the cache; 0 makes new ones in every step", minimum=0)
-    trajectory_steps: int = option(50, "steps of a trajectory, two passes of the teacher each", minimum=1)
-    trajectory_points: int = option(50, "steps of each that are kept in the cache, a divisor of its steps", minimum=1)
-    trajectory_batch: int = option(64, "trajectories that the teacher makes at once", minimum=1)
 
 
 class AGD(Objective):
@@ -68,13 +42,8 @@ class AGD(Objective):
     def student(cls, config: Any, teacher: Teacher, steps: int) -> Generator:
         """Adapters on the teacher's own network, sampled in so many steps; prints their number of parameters.
 
-        Raises ValueError for a teacher that cannot be guided, or has no place for adapters, and for an empty range.
+        Raises ValueError for a teacher that cannot be guided, or has no place for adapters.
         """
-        if config.guidance_max <= config.guidance_min:
-            raise ValueError(
-                f"guidance_max {config.guidance_max} is not above guidance_min {config.guidance_min}; type for example "
-                f"--guidance-max {config.guidance_min + 5:g}"
-            )
         if teacher.encode(torch.zeros(1, dtype=torch.long, device=teacher.device))[1] is None:
             raise ValueError("agd needs an unconditional branch, which this teacher lacks: type another --teacher")
         if teacher.copies.checkpointing:

@@ -29,10 +29,7 @@ class Backtrack:
     """
 
     def __init__(self, run: Path, teacher: Teacher, record: int, nodes: int, steps: int):
-        if record and nodes > record:
-            raise ValueError(
-                f"backtrack_nodes {nodes} is more than the {record} steps of --backtrack; type a smaller --backtrack-nodes"
-            )
+        assert not record or nodes <= record
         self.folder, self.record, self.nodes, self.steps = run / "backtrack", record, nodes, steps
         self.settled = record + (nodes - 1) * steps if record else 0
         self._copy = teacher.copy().requires_grad_(False) if record and nodes > 1 else None

@@ -1,16 +1,15 @@
 """BOOT: Data-free Distillation of Denoising Diffusion Models with Bootstrapping (Gu et al. 2023, arXiv 2306.05544)."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import MethodConfig, option
 from ..denoiser import Call, Cond, Denoiser, stack, unwrap
 from ..generator import Generator
 from ..lora import Adapter
+from ..methods.boot import BOOTConfig
 from ..second_time import KEY, add_second_time, layers, timed
 from ..trajectory import Grid, heun, ratio
 from .base import Batch, Objective
@@ -26,22 +25,6 @@ WEIGHTS: dict[str, Callable[[Tensor, int, float], Tensor]] = {
 }
 """omega_t / delta^2 from q_s / q_t and 1 / delta: omega = 1 / lambda'^2, or 1. The first is the squared error of the x0 that
 a step implies, up to a largest weight; the second is the paper's."""
-
-
-@dataclass
-class BOOTConfig(MethodConfig):
-    """Options of BOOT."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta1": 0.9, "beta2": 0.999}
-    INSISTS: ClassVar[Mapping[str, Any]] = {"init_rho": None}  # the teacher's trajectory begins at the most noise
-
-    levels: int = option(50, "steps of the teacher's trajectory, 1 / delta", minimum=1)
-    anneal: int = option(0, "training steps with delta 4, then 2 times as large; 0 is off", minimum=0)
-    boundary: float = option(1.0, "weight beta of the boundary loss", minimum=0.0)
-    boundary_steps: int = option(0, "training steps with the boundary loss alone", minimum=0)
-    weight: str = option("slope", "omega_t: 1 / lambda'^2, or the same for all levels", choices=tuple(WEIGHTS))
-    most: float = option(100.0, "largest weight of a level, with slope", above=0.0)
-    solver: str = option("ddim", "the teacher's step; heun asks it twice", choices=("ddim", "heun"))
 
 
 class BOOT(Objective):

@@ -1,22 +1,12 @@
 """Consistency distillation (Song et al. 2023, arXiv 2303.01469, algorithm 2)."""
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from ..config import option
 from ..denoiser import Cond
+from ..methods.cd import CDConfig
 from ..rng import Rng
 from ..trajectory import heun, jump
-from .consistency import Consistency, ConsistencyConfig
-
-
-@dataclass
-class CDConfig(ConsistencyConfig):
-    """Options of consistency distillation."""
-
-    skip: int = option(1, "levels between the two that are compared", minimum=1)
-    solver: str = option("ddim", "the teacher's step between them; heun is of second order", choices=("ddim", "heun"))
+from .consistency import Consistency
 
 
 class CD(Consistency):

@@ -3,29 +3,16 @@
 arXiv 2305.18455.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
-from ..config import option
 from ..denoiser import Cond
+from ..methods.diff_instruct import DiffInstructConfig
 from ..prediction import add_noise
 from ..schedule import LogNormal
 from .base import Batch
-from .score import Alternating, ScoreConfig, matching_loss
-
-
-@dataclass
-class DiffInstructConfig(ScoreConfig):
-    """Options of Diff-Instruct. `t_min` and `t_max` bound the generator's noise levels under both laws."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta2": 0.999}
-
-    noise: str = option("uniform", "law of the noise levels of both losses", choices=("uniform", "log-normal"))
-    noise_mean: float = option(-1.2, "mean of ln(sigma/alpha), if log-normal")
-    noise_std: float = option(1.2, "standard deviation of ln(sigma/alpha), if log-normal", above=0.0)
+from .score import Alternating, matching_loss
 
 
 class DiffInstruct(Alternating):

@@ -1,21 +1,12 @@
 """DisBack: Distribution Backtracking Builds a Faster Convergence Trajectory for Diffusion Distillation (Zhang et al. 2024,
 arXiv 2408.15991)."""
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from ..config import option
 from ..denoiser import Cond
+from ..methods.disback import DisBackConfig
 from .base import Batch
-from .score import ScoreConfig, ScoreDistillation, matching_loss, per_sample_weight
-
-
-@dataclass
-class DisBackConfig(ScoreConfig):
-    """Options of DisBack: backtracking, which every score distillation method has, is on by default."""
-
-    backtrack: int = option(200, "steps that first record the teacher's way to the student; 0 is off", minimum=0)
+from .score import ScoreDistillation, matching_loss, per_sample_weight
 
 
 class DisBack(ScoreDistillation):

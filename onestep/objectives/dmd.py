@@ -1,25 +1,14 @@
 """DMD: One-step Diffusion with Distribution Matching Distillation (Yin et al. 2023, arXiv 2311.18828)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
-from ..config import option
 from ..denoiser import Cond
+from ..methods.dmd import DMDConfig
 from .base import Batch
-from .regression import Regression, RegressionConfig
-from .score import ScoreConfig, ScoreDistillation
-
-
-@dataclass
-class DMDConfig(RegressionConfig, ScoreConfig):
-    """Options of DMD: those of the score methods, those of the regression, and the weight between them."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
-
-    regression: float = option(0.25, "weight of the regression on teacher pairs; 0 makes no pairs", minimum=0.0)
+from .regression import Regression
+from .score import ScoreDistillation
 
 
 class DMD(ScoreDistillation):

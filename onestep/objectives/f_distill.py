@@ -1,17 +1,16 @@
 """f-distill: One-step Diffusion Models with f-Divergence Distribution Matching (Xu et al. 2025, arXiv 2502.15681)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..config import option
 from ..denoiser import Cond, unwrap
 from ..discriminator import Discriminator
+from ..methods.f_distill import FDistillConfig
 from ..prediction import add_noise
 from .base import Batch
-from .dmd2 import DMD2, DMD2Config
+from .dmd2 import DMD2
 from .score import matching_loss, per_sample, per_sample_weight
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -28,28 +27,6 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 LEAST, MOST = 0.1, 20.0
 """Limits of r."""
 BINS = 10
-
-
-@dataclass
-class FDistillConfig(DMD2Config):
-    """Options of f-distill: those of DMD2, whose GAN it needs, and the divergence."""
-
-    divergence: str = option("js", "f-divergence that is minimised", choices=tuple(WEIGHTS))
-    density_decay: float = option(
-        0.95, "decay of the moving means that the density ratio is divided by", minimum=0.0, below=1.0
-    )
-
-    def __post_init__(self) -> None:
-        if not self.gan_critic:
-            raise ValueError(
-                "f-distill takes the density ratio from the discriminator, and gan_critic 0 does not train one; "
-                "type for example --gan-critic 0.01, or --method dmd2 for the reverse KL without a GAN"
-            )
-        if self.gan_t_max < self.t_max:
-            raise ValueError(
-                f"gan_t_max {self.gan_t_max} is below t_max {self.t_max}: the density ratio would be read where the "
-                f"discriminator learns nothing; type --gan-t-max {self.t_max} or more, or --t-max {self.gan_t_max}"
-            )
 
 
 class FDistill(DMD2):

@@ -1,45 +1,23 @@
 """Hyper-SD: Trajectory Segmented Consistency Model for Efficient Image Synthesis (Ren et al. 2024, arXiv 2404.13686)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MethodConfig, option
 from ..denoiser import Cond, Denoiser, frozen, unwrap
 from ..discriminator import Discriminator, heads_on
 from ..generator import Generator
 from ..lora import Adapter
+from ..methods.hyper_sd import HyperSDConfig, stages_of
 from ..second_time import add_second_time, timed
 from ..trajectory import Grid, jump
 from .base import Batch
 from .ladd import blocks
-from .segments import SegmentGAN, Segments, stages_of
+from .segments import SegmentGAN, Segments
 from .target import MovingTarget
-
-
-@dataclass
-class HyperSDConfig(MethodConfig):
-    """Options of trajectory segmented consistency distillation."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta1": 0.9, "beta2": 0.999, "clip_norm": 1.0}
-    INSISTS: ClassVar[Mapping[str, Any]] = {"init_rho": None}  # trajectories begin at the schedule's most noise
-
-    levels: int = option(40, "noise levels of the trajectory, a multiple of every number of segments", minimum=1)
-    segments: str = option("8,4,2,1", "numbers of segments, one stage after the other; the last is 1")
-    segment_steps: int = option(300, "steps of each stage but the last, which takes the rest", minimum=1)
-    segment_end: str = option(
-        "auto",
-        "where jumps end: at a random level that the network is told, or is not (hidden), or at the segment's edge; auto: "
-        "network, and edge for adapters",
-        choices=("auto", "network", "edge", "hidden"),
-    )
-    target_ema: float = option(0.95, "decay of the average that makes the target; 0: the student does", minimum=0, below=1)
-    segment_gan: str = option("0.001,0.001,0.1,0.1", "weight of the GAN in each stage, or one for all; 0 is off")
-    blocks: int = option(4, "transformer blocks of the teacher with a head each; of a UNet it is the mid block", minimum=1)
 
 
 class HyperSD(MovingTarget):

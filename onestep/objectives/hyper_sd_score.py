@@ -1,38 +1,21 @@
 """The one-step stage of Hyper-SD (Ren et al. 2024, arXiv 2404.13686, section 3.3), with its human feedback (section 3.2)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import option
 from ..denoiser import Cond, held
 from ..generator import Generator
+from ..methods.hyper_sd_score import HyperSDScoreConfig
 from ..reward import Rewards
 from ..trajectory import Grid
 from .base import Batch
-from .hyper_sd import HyperSD, HyperSDConfig, end_of
-from .score import ScoreConfig, ScoreDistillation
-from .segments import Segments, stages_of
-
-
-@dataclass
-class HyperSDScoreConfig(HyperSDConfig, ScoreConfig):
-    """Options of the one-step stage. Weights are relative to losses that are means over batch and elements."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
-
-    matching: float = option(1.0, "weight of the distribution matching loss", minimum=0.0)
-    anchor: float = option(0.25, "weight of the regression on the student that this run starts from", minimum=0.0)
-    anchor_steps: int = option(
-        1, "jumps of that student for what is regressed on; more need its segment_end network", minimum=1
-    )
-    mix: int = option(0, "every how many steps one is TSCD's, which keeps the student's jumps; 0 is never", minimum=0)
-    reward: str | None = option(None, "rewards to raise, separated by commas: clip, or package.module:Class; none is off")
-    reward_weight: float = option(0.1, "weight of the rewards' loss", minimum=0.0)
+from .hyper_sd import HyperSD, end_of
+from .score import ScoreDistillation
+from .segments import Segments
 
 
 class HyperSDScore(ScoreDistillation):
@@ -43,7 +26,6 @@ class HyperSDScore(ScoreDistillation):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         c, student = self.config, self.generator.denoiser
-        stages_of(c)  # refused here too, where no step of TSCD is mixed in
         shown, times = end_of(c, self.generator) == "network", self.generator.times
         if c.anchor_steps > 1 and not shown:
             raise ValueError(

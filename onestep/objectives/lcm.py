@@ -1,49 +1,21 @@
 """LCM: Latent Consistency Models (Luo et al. 2023, arXiv 2310.04378), and LCM-LoRA (Luo et al. 2023, arXiv 2311.05556)."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..config import option
 from ..denoiser import Call, Cond
 from ..generator import Generator
+from ..methods.lcm import LCMConfig
 from ..rng import Rng
 from ..teacher.stable_diffusion import GUIDANCE_KEY, guidance_features
-from .cd import CD, CDConfig
+from .cd import CD
 from .score import per_sample
 
 FEATURES = 256
 """Sines and cosines of the guidance that the student is given."""
-
-
-@dataclass
-class LCMConfig(CDConfig):
-    """Options of LCM."""
-
-    levels: int = option(
-        50, "noise levels of the trajectories; those of a chain (--student-steps) are among them", minimum=1
-    )
-    guidance_min: float = option(
-        0.0, "least guidance, drawn for each sample; 0 with guidance_max 0: --guidance", minimum=0.0
-    )
-    guidance_max: float = option(0.0, "largest guidance", minimum=0.0)
-    embed_guidance: bool = option(False, "give the guidance to the student, a UNet of Stable Diffusion, as an input")
-
-    def __post_init__(self) -> None:
-        low, high = self.guidance_min, self.guidance_max
-        if low > high:
-            raise ValueError(
-                f"guidance_min {low} is above guidance_max {high}; type for example "
-                f"--guidance-min {high} --guidance-max {low}"
-            )
-        if self.embed_guidance and low == high:
-            raise ValueError(
-                "embed_guidance tells the student a guidance that never changes; type for example "
-                "--guidance-min 3 --guidance-max 15, or leave it out"
-            )
 
 
 class LCM(CD):

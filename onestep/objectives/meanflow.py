@@ -1,52 +1,22 @@
 """MeanFlow: Mean Flows for One-step Generative Modeling (Geng et al. 2025, arXiv 2505.13447), on a teacher."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import MethodConfig, option
 from ..continuous import StraightFlow
 from ..denoiser import Cond, unwrap
 from ..generator import Generator
 from ..jvp import JVP, bare
 from ..lora import Adapter
+from ..methods.meanflow import MeanFlowConfig
 from ..rng import Rng
 from ..schedule import LogNoise, precise
 from ..second_time import KEY, add_second_time, layers, timed
 from .base import Batch, Objective
 from .score import per_sample
-
-
-@dataclass
-class MeanFlowConfig(MethodConfig):
-    """Options of MeanFlow."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta1": 0.0, "beta2": 0.95, "clip_norm": 1.0}
-    INSISTS: ClassVar[Mapping[str, Any]] = {"init_rho": None}  # trajectories begin at the schedule's most noise
-
-    velocity: str = option("teacher", "what v is: the teacher's, or eps - x0 of the data", choices=("teacher", "data"))
-    time_law: str = option("logit-normal", "law that r and t are drawn from", choices=("logit-normal", "uniform"))
-    time_mean: float = option(-0.4, "mean of ln(t / (1 - t)), if logit-normal")
-    time_std: float = option(1.0, "standard deviation of ln(t / (1 - t)), if logit-normal", above=0.0)
-    max_noise: float = option(0.0, "share of samples with t at the most noise, whatever that law", minimum=0.0, below=1.0)
-    instantaneous: float = option(0.1, "share of samples with r = t", minimum=0.0, below=1.0)
-    to_data: float = option(0.75, "share of samples with r = 0, as the exported student is called", minimum=0.0, below=1.0)
-    unit: str = option(
-        "output", "unit of the error: the network's output, whatever it predicts, or u", choices=("output", "u")
-    )
-    power: float = option(0.5, "p of the weight 1 / (error^2 + c)^p of a sample; the paper's is 1", minimum=0.0)
-    power_floor: float = option(1e-3, "c of that weight", above=0.0)
-    jvp: str = option("forward", "derivative of the student; difference: two passes for one", choices=tuple(JVP))
-
-    def __post_init__(self) -> None:
-        if self.instantaneous + self.to_data > 1:
-            raise ValueError(
-                f"instantaneous {self.instantaneous} and to_data {self.to_data} are shares of the same samples and are more "
-                "than 1; type for example --instantaneous 0.25 --to-data 0.25"
-            )
 
 
 class MeanFlow(Objective):

@@ -1,30 +1,16 @@
 """What score-distillation methods share: generator, teacher and critic, and the two orders in which papers update them."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import MethodConfig, option
 from ..denoiser import Cond, frozen
 from ..prediction import add_noise
 from .backtrack import Backtrack
 from .base import Batch, Objective
-
-
-@dataclass
-class ScoreConfig(MethodConfig):
-    """Options of every score-distillation method."""
-
-    ratio: int = option(1, "critic updates for each generator update", minimum=1)
-    t_min: float = option(0.02, "least noise of the generator's loss, as a fraction of the schedule", minimum=0.0)
-    t_max: float = option(0.98, "most noise of the generator's loss, as a fraction of the schedule", minimum=0.0)
-    backtrack: int = option(0, "steps that first record the teacher's way to the student (DisBack); 0 is off", minimum=0)
-    backtrack_nodes: int = option(4, "teachers recorded on that way", minimum=1)
-    backtrack_steps: int = option(100, "steps on each of them on the way back", minimum=1)
 
 
 class ScoreDistillation(Objective):

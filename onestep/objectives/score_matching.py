@@ -4,27 +4,15 @@ It is the first stage of a student that is no copy of the teacher: what it ends 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import MethodConfig, option
 from ..denoiser import Cond
+from ..methods.score_matching import ScoreMatchingConfig
 from ..prediction import add_noise
 from .base import Batch, Objective
-
-
-@dataclass
-class ScoreMatchingConfig(MethodConfig):
-    """Options of teacher score matching. Guidance is left to the method that follows."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta1": 0.9, "evaluate": False}  # a denoiser, of which one step is a blur
-    INSISTS: ClassVar[Mapping[str, Any]] = {"guidance": 1.0}
-
-    t_min: float = option(0.0, "least noise of the samples, as a fraction of the schedule", minimum=0.0)
-    t_max: float = option(1.0, "most noise of the samples, as a fraction of the schedule", minimum=0.0)
 
 
 class ScoreMatching(Objective):

@@ -1,38 +1,18 @@
 """SCott: Stochastic Consistency Distillation (Liu et al. 2024, arXiv 2403.01505)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import option
 from ..denoiser import Cond, frozen
-from ..discriminator import ADVERSARIES, GAN, heads_on
+from ..discriminator import GAN, heads_on
+from ..methods.scott import SCottConfig
 from ..rng import Rng
 from ..trajectory import KEEP, jump
 from .base import Batch
-from .consistency import Consistency, ConsistencyConfig
-
-
-@dataclass
-class SCottConfig(ConsistencyConfig):
-    """Options of SCott. The GAN's weight is relative to a distance that is a mean over batch and elements."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {**ConsistencyConfig.DEFAULTS, "critic_lr": 2e-5}
-
-    steps: int = option(3, "stochastic steps of the teacher between the two levels that are compared", minimum=1)
-    solver: str = option("ddim", "kind of those steps", choices=tuple(KEEP))
-    eta: float = option(0.3, "their noise; 0 is the ODE, above 0 the distance alone makes samples blurry", minimum=0.0)
-    distance: str = option("l2", "distance of student and target", choices=("l2", "pseudo-huber"))
-    gan: float = option(0.4, "weight of the generator's GAN loss; 0 drops the GAN", minimum=0.0)
-    gan_loss: str = option("hinge", "adversarial loss", choices=tuple(ADVERSARIES))
-    disc_noise: str = option("renoise", "noise on what the heads are shown", choices=("renoise", "none"))
-
-    def __post_init__(self) -> None:
-        if self.solver == "ddim" and self.eta > 1:
-            raise ValueError(f"eta {self.eta} is more noise than a ddim step can add; allowed is 0 to 1: type --eta 1")
+from .consistency import Consistency
 
 
 class SCott(Consistency):

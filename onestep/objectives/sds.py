@@ -4,25 +4,16 @@ SDS: DreamFusion (Poole et al. 2022, arXiv 2209.14988). ASD: ScaleDreamer (Ma et
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..config import MethodConfig, option
 from ..denoiser import Cond
+from ..methods.sds import ASDConfig, SDSConfig
 from ..prediction import add_noise
 from .base import Batch, Objective
 from .score import matching_loss
 from .vsd import noise_weight
-
-
-@dataclass
-class SDSConfig(MethodConfig):
-    """Options of SDS."""
-
-    t_min: float = option(0.02, "least noise, as a fraction of the schedule", minimum=0.0)
-    t_max: float = option(0.98, "most noise, as a fraction of the schedule", minimum=0.0)
 
 
 class SDS(Objective):
@@ -58,13 +49,6 @@ class SDS(Objective):
         alpha_t, sigma_t = schedule(t, x)
         x_0 = self.teacher(add_noise(schedule, x, eps, t), t, cond, uncond, guidance)
         return alpha_t / sigma_t * (x - x_0), noise_weight(alpha_t, sigma_t)
-
-
-@dataclass
-class ASDConfig(SDSConfig):
-    """Options of ASD."""
-
-    shift: float = option(0.1, "largest step up to the second noise level, relative to t - t_min", minimum=0.0)
 
 
 class ASD(SDS):

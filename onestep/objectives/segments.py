@@ -1,7 +1,6 @@
 """Segments of a trajectory: between which of its levels a student jumps, and a discriminator of where it lands."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,46 +11,6 @@ from ..rng import Rng
 from ..second_time import KEY
 from ..trajectory import Grid, Levels, jump
 from .score import per_sample
-
-
-def stages_of(config: Any) -> list[tuple[int, float]]:
-    """(number of segments, weight of the GAN) of each stage.
-
-    Raises ValueError where they do not fit each other or the levels, and where the last stage has more than one segment.
-    """
-    counts = numbers(config.segments, int, "segments")
-    weights = numbers(config.segment_gan, float, "segment_gan")
-    if counts[-1] != 1:
-        raise ValueError(
-            f"segments {config.segments} end with {counts[-1]}; the exported student jumps to clean data, so the last is 1: "
-            f"type --segments {config.segments},1"
-        )
-    for count in counts:
-        if config.levels % count:
-            near = max(1, round(config.levels / count)) * count
-            raise ValueError(f"levels {config.levels} are no multiple of {count} segments; type for example --levels {near}")
-    if len(weights) not in (1, len(counts)):
-        raise ValueError(
-            f"segment_gan has {len(weights)} weights for {len(counts)} stages; allowed is one for all, or one for each: "
-            f"type for example --segment-gan {weights[0]:g}"
-        )
-    return list(zip(counts, weights if len(weights) > 1 else weights * len(counts)))
-
-
-def numbers(text: str, kind: Callable[[str], Any], name: str) -> list[Any]:
-    """The numbers in "8,4,2,1". Raises ValueError for anything else, and for integers below 1 and numbers below 0."""
-    try:
-        found = [kind(each) for each in text.split(",")]
-        valid = all((each >= 1 if kind is int else 0 <= each < float("inf")) for each in found)
-    except ValueError:
-        valid = False
-    if not valid:
-        what, example = ("integers from 1 on", "8,4,2,1") if kind is int else ("finite numbers from 0 on", "0.001,0.01")
-        raise ValueError(
-            f"{name} is {text!r}; allowed are {what}, separated by commas: type for example "
-            f"--{name.replace('_', '-')} {example}"
-        )
-    return found
 
 
 def edge_below(level: Tensor, width: int) -> Tensor:

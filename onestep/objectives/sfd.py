@@ -2,35 +2,22 @@
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import option
 from ..denoiser import Cond
+from ..methods.sfd import SFDConfig
 from ..metrics.forgetting import classifier_of, label_of, names_of
 from ..teacher import Teacher
 from .base import Batch
 from .score import per_sample_weight
-from .sid import MOST, SiD, SiDConfig, sid_loss
+from .sid import MOST, SiD, sid_loss
 
 CLASSIFIED = ("classifier", "classifier-sampled")
 """Overrides that a classifier chooses: the likeliest of the remaining classes, or one of them by its probability."""
-
-
-@dataclass
-class SFDConfig(SiDConfig):
-    """Options of SFD. The noise levels are the authors' on CIFAR-10 (DDPM), where 0.712 is sigma / alpha = 13."""
-
-    forget: str | None = option(None, "what to forget: a class, by number or name, or words in prompts")
-    override: str = option("random", "in its place: a class, words, random, classifier or classifier-sampled")
-    forgetting: float = option(0.01, "weight of the generator's loss on what is forgotten", minimum=0.0)
-    forgetting_critic: float = option(0.01, "weight of the critic's loss on what is forgotten", minimum=0.0)
-    forget_every: int = option(1, "one sample of what is forgotten for so many of what remains", minimum=1)
-    t_min: float = option(0.038, "least noise of the generator's loss, as a fraction of the schedule", minimum=0.0)
-    t_max: float = option(0.712, "most noise of the generator's loss, as a fraction of the schedule", minimum=0.0)
 
 
 class SFD(SiD):

@@ -1,29 +1,14 @@
 """SiD: Score identity Distillation (Zhou et al. 2024, arXiv 2404.04057)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
-
 from torch import Tensor
 
-from ..config import option
 from ..denoiser import Cond
+from ..methods.sid import SiDConfig
 from .base import Batch
-from .score import Alternating, ScoreConfig, per_sample_weight
+from .score import Alternating, per_sample_weight
 
 MOST = 1e5
 """The largest weight of a sample: the paper's code divides by 1e-5 at least."""
-
-
-@dataclass
-class SiDConfig(ScoreConfig):
-    """Options of SiD. The noise levels are the authors' on EDM, where 0.8 of the schedule is sigma = 24.4."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta2": 0.999}
-
-    alpha: float = option(1.2, "0.5: Fisher divergence; 1: the same at samples held still; 1.2: past it", minimum=0.0)
-    t_min: float = option(0.0, "least noise of the generator's loss, as a fraction of the schedule", minimum=0.0)
-    t_max: float = option(0.8, "most noise of the generator's loss, as a fraction of the schedule", minimum=0.0)
 
 
 class SiD(Alternating):

@@ -1,16 +1,14 @@
 """SIM: One-Step Diffusion Distillation through Score Implicit Matching (Luo et al. 2024, arXiv 2410.16794)."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable
 
 from torch import Tensor
 
-from ..config import option
 from ..denoiser import Cond
+from ..methods.sim import SIMConfig
 from .base import Batch
-from .score import Alternating, ScoreConfig
+from .score import Alternating
 
 
 def pseudo_huber(y: Tensor, c: float) -> Tensor:
@@ -28,18 +26,6 @@ def squared_l2(y: Tensor, c: float) -> Tensor:
 
 DISTANCES: dict[str, Callable[[Tensor, float], Tensor]] = {"pseudo-huber": pseudo_huber, "squared-l2": squared_l2}
 """The gradient d'(y) of each distance, by its name."""
-
-
-@dataclass
-class SIMConfig(ScoreConfig):
-    """Options of SIM. The noise levels are SiD's on EDM, where 0.8 of the schedule is sigma = 24.4."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"beta2": 0.999}
-
-    distance: str = option("pseudo-huber", "distance between the two denoisers", choices=tuple(DISTANCES))
-    huber_c: float = option(0.0, "c of the pseudo-Huber distance; 0 means 0.00054 sqrt(dimension)", minimum=0.0)
-    t_min: float = option(0.0, "least noise of the generator's loss, as a fraction of the schedule", minimum=0.0)
-    t_max: float = option(0.8, "most noise of the generator's loss, as a fraction of the schedule", minimum=0.0)
 
 
 class SIM(Alternating):

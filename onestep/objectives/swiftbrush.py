@@ -1,42 +1,18 @@
 """SwiftBrush (Nguyen & Tran 2024, arXiv 2312.05239), with the clamped CLIP loss of SwiftBrush v2 (arXiv 2408.14176)."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..config import option
 from ..denoiser import Cond, guided
+from ..methods.swiftbrush import SwiftBrushConfig
 from ..prediction import add_noise
 from .base import Batch
 from .clip_loss import clip_on
 from .score import per_sample
-from .vsd import VSD, VSDConfig
-
-
-@dataclass
-class SwiftBrushConfig(VSDConfig):
-    """Options of SwiftBrush. The guidance on both denoisers is --guidance."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {
-        "critic": "lora",
-        "guidance": 4.5,
-        "lr": 1e-6,
-        "critic_lr": 1e-3,
-        "clip_norm": 1.0,
-    }
-
-    guidance_on: str = option(
-        "both", "both: the student ends at the unguided teacher; teacher: at the guided one", choices=("both", "teacher")
-    )
-    cond_dropout: float = option(0.1, "part of the critic's samples that lose their condition", minimum=0.0, below=1.0)
-    clip: float = option(0.0, "weight of the clamped CLIP loss, for text teachers; 0 is off", minimum=0.0)
-    clip_tau: float = option(0.35, "cosine of picture and prompt above which the CLIP loss is 0")
-    clip_steps: int = option(0, "steps over which its weight falls to 0; 0 keeps it", minimum=0)
-    clip_model: str = option("ViT-B-32", "CLIP model, by open_clip's name")
-    clip_weights: str = option("laion2b_s34b_b79k", "its weights, by open_clip's name, or a file")
+from .vsd import VSD
 
 
 class SwiftBrush(VSD):

@@ -3,23 +3,15 @@
 Without the 3D scene and its views: the generator takes the place of the rendering, and the critic that of the LoRA.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from ..denoiser import Cond, frozen
+from ..methods.vsd import VSDConfig
 from .base import Batch
-from .score import ScoreConfig, ScoreDistillation, matching_loss
-
-
-@dataclass
-class VSDConfig(ScoreConfig):
-    """Options of VSD."""
-
-    DEFAULTS: ClassVar[Mapping[str, Any]] = {"critic": "lora"}
+from .score import ScoreDistillation, matching_loss
 
 
 class VSD(ScoreDistillation):

@@ -9,9 +9,8 @@ from typing import Any
 
 import yaml
 
-from ..card import SCORE
 from ..config import CONFIG_NAME, load_config
-from ..run import RESULTS_NAME
+from ..saved import RESULTS_NAME, SCORE
 
 Row = dict[str, Any]
 COMPARISON = "zoo.jsonl"

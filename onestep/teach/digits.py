@@ -1,6 +1,5 @@
 """The embedded `digits` teacher: a class-conditional EDM UNet on the 8x8 digits of scikit-learn, in pixel space."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,22 +7,13 @@ import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 from torch import Tensor, nn
 
-from ..config import option
 from ..denoiser import Denoiser
 from ..prediction import prediction_of
 from ..rng import Rng
 from ..schedule import Schedule
 from .fit import fit
+from .options import DigitsConfig
 from .sheet import forget_paths, save_sheet
-
-
-@dataclass
-class DigitsConfig:
-    """Options of `python -m onestep.teach digits`."""
-
-    steps: int = option(2000, "training steps", minimum=1)
-    batch_size: int = option(128, "images a step", minimum=1)
-    lr: float = option(2e-3, "learning rate", above=0)
 
 
 def load_digits() -> tuple[Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """The embedded `emoji` teacher: a text-to-image Stable Diffusion in small, on the pictures of Twemoji."""
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +9,18 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ..config import option
 from ..denoiser import Denoiser
 from ..prediction import prediction_of
 from ..rng import Rng
 from ..schedule import Schedule
 from .fashion import latents_of, pixels
 from .fit import fit
+from .options import EmojiConfig
 from .sheet import forget_paths, save_captioned
 from .twemoji import LONGEST, SIDE, load_emoji, save_tokenizer
 
 WIDTH = 128
 """Of the text encoder, and so of what the UNet attends to."""
-
-
-@dataclass
-class EmojiConfig:
-    """Options of `python -m onestep.teach emoji`."""
-
-    autoencoder_steps: int = option(4000, "steps of `autoencoder_batch` pictures for the autoencoder", minimum=1)
-    autoencoder_batch: int = option(32, "batch size of the autoencoder", minimum=1)
-    autoencoder_lr: float = option(2e-3, "learning rate of the autoencoder", above=0)
-    unet_steps: int = option(4500, "steps of `unet_batch` latents for the UNet and the text encoder", minimum=1)
-    unet_batch: int = option(64, "batch size of the UNet and the text encoder", minimum=1)
-    unet_lr: float = option(1e-3, "learning rate of the UNet and the text encoder", above=0)
-    caption_dropout: float = option(0.1, "fraction of prompts replaced by the empty one", minimum=0, below=1)
 
 
 def teach(config: EmojiConfig, data: str | None, work: Path, output: Path) -> None:

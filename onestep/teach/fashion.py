@@ -1,6 +1,5 @@
 """The embedded `fashion` teacher: a classifier to score with, a VAE, and a latent class-conditional DiT."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..config import option
 from ..denoiser import Denoiser
 from ..metrics.classifier import Classifier
 from ..metrics.frechet import Moments
@@ -20,24 +18,10 @@ from ..rng import Rng
 from ..schedule import Schedule
 from .fashion_mnist import CLASSES, load
 from .fit import fit
+from .options import FashionConfig
 from .sheet import forget_paths, save_sheet
 
 NULL = 1000  # DiTPipeline's null class, whatever the number of classes
-
-
-@dataclass
-class FashionConfig:
-    """Options of `python -m onestep.teach fashion`."""
-
-    classifier_steps: int = option(3000, "steps of 128 images for the classifier", minimum=1)
-    vae_steps: int = option(4000, "steps of 64 images for the autoencoder", minimum=1)
-    dit_steps: int = option(7000, "steps of `dit_batch` latents for the diffusion transformer", minimum=1)
-    dit_batch: int = option(128, "batch size of the diffusion transformer", minimum=1)
-    dit_lr: float = option(1e-3, "learning rate of the diffusion transformer", above=0)
-    layers: int = option(5, "transformer layers", minimum=1)
-    heads: int = option(6, "attention heads of 32 channels", minimum=1)
-    label_dropout: float = option(0.1, "fraction of labels replaced by the null class", minimum=0, below=1)
-    real_images: int = option(10_000, "training images kept beside the teacher for the GAN critic", minimum=1)
 
 
 def pixels(images: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""The teachers that are known by a short name."""
+"""The teachers that are known by a short name, without importing torch."""
 
+from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .base import Facts
+from .facts import Facts
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EDM_NETWORKS = "https://nvlabs-fi-cdn.nvidia.com/edm/pretrained"
@@ -192,3 +194,26 @@ TEACHERS: dict[str, Facts] = {
         train={"init_rho": 2.5, "guidance": 1.0},
     ),
 }
+
+
+def facts_of(name: str) -> Facts:
+    """The table's entry for a short name or for a file of its name, or bare facts for a diffusers folder or hub id.
+
+    Raises ValueError for anything else.
+    """
+    if name in TEACHERS:
+        return TEACHERS[name]
+    if (Path(name) / "model_index.json").is_file():
+        return Facts(source=name)
+    if name.endswith(".pkl") and Path(name).is_file():
+        known = (facts for facts in TEACHERS.values() if Path(facts.source).name == Path(name).name)
+        return replace(next(known, Facts(source="")), source=name)
+    looks_local = name.startswith((".", "/", "~")) or name.endswith(".pkl") or Path(name).exists() or name.count("/") != 1
+    if looks_local:
+        near = get_close_matches(name, TEACHERS, 1)
+        hint = f"; did you mean --teacher {near[0]}?" if near else ""
+        raise ValueError(
+            f"no teacher {name!r}: it is neither a known name ({', '.join(TEACHERS)}), nor a folder with a "
+            f"model_index.json, nor the edm-*.pkl of an EDM network, nor a hub id like owner/name{hint}"
+        )
+    return Facts(source=name)
