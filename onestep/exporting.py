@@ -161,7 +161,7 @@ def _vp_scheduler(generator: Generator, betas: Tensor) -> Any:
 
 
 def _edm_scheduler(generator: Generator, teacher: Teacher, sigma_data: float) -> Any:
-    """sigma_min = 0 makes the boundary scalings EDM's own; rho = 1 over n + 1 levels makes n steps evenly spaced."""
+    """sigma_min = 0 makes the boundary scalings EDM's own; n + 1 levels make n steps those of `EDM.chain`."""
     from diffusers import CMStochasticIterativeScheduler
 
     times = generator.times
@@ -170,13 +170,13 @@ def _edm_scheduler(generator: Generator, teacher: Teacher, sigma_data: float) ->
         sigma_min=0.0,
         sigma_max=times[0],
         sigma_data=sigma_data,
-        rho=1.0,
+        rho=EDM.CHAIN_RHO,
         clip_denoised=False,
     )
     if not _visits(scheduler, teacher, times):
         raise ValueError(
-            f"CMStochasticIterativeScheduler cannot visit the sigmas {times}; allowed are steps of equal size down to "
-            f"{times[0] / len(times):g}: train with --student-steps and leave the times to it"
+            f"CMStochasticIterativeScheduler cannot visit the sigmas {times}; allowed are those of a chain, here "
+            f"{EDM().chain(times[0], len(times))}: train with --student-steps and leave the times to it"
         )
     return scheduler
 

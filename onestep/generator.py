@@ -12,18 +12,12 @@ from .schedule import Schedule
 
 
 def steps_from(schedule: Schedule, init_rho: float | None, steps: int) -> list[float]:
-    """Times of a `steps`-step chain: the first has sigma/alpha nearest `init_rho`, the rest follow evenly below it.
+    """Times of a `steps`-step chain: the first has sigma/alpha nearest `init_rho`, the rest follow as `Schedule.chain` says.
 
-    None starts at the schedule's end. VP from index T - 1 and k steps gives T - 1, T - 1 - T // k, ...: for T = 1000
-    and k = 4 the published 999, 749, 499, 249 (what diffusers' LCMScheduler visits with original_inference_steps = k).
+    None starts at the schedule's end. Raises ValueError where there are not so many times.
     """
     first = schedule.grid(1)[0] if init_rho is None else schedule.at_rho(init_rho)
-    if isinstance(first, int):
-        stride = (first + 1) // steps
-        if stride == 0:
-            raise ValueError(f"student_steps {steps} is more than the {first + 1} noise levels up to init_rho")
-        return [first - stride * k for k in range(steps)]
-    return [first * (steps - k) / steps for k in range(steps)]
+    return schedule.chain(first, steps)
 
 
 def part_of(times: Sequence[float], steps: int) -> list[float]:

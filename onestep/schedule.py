@@ -64,6 +64,13 @@ class Schedule(ABC):
         u = torch.arange(steps, 0, -1, dtype=torch.float64) / steps * start
         return self.at(u).tolist()
 
+    def chain(self, first: float, steps: int) -> list[float]:
+        """Times of a student's `steps` calls, from `first` down; here evenly spaced.
+
+        Raises ValueError where there are not so many times.
+        """
+        return [first * (steps - k) / steps for k in range(steps)]
+
     @staticmethod
     def from_scheduler(scheduler: Any) -> "Schedule":
         """The schedule that a diffusers scheduler was configured for. Raises ValueError for kinds not known here."""
@@ -150,6 +157,16 @@ class VP(Schedule):
         # rounding first keeps u = k/n exact: ceil(0.07 * 100) is 8 in floating point
         return ((u.double() * n).mul(1e6).round().div(1e6).ceil().long() - 1).clamp(0, n - 1)
 
+    def chain(self, first: float, steps: int) -> list[float]:
+        """From index T - 1 and k steps T - 1, T - 1 - T // k, ...: for T = 1000 and k = 4 the published 999, 749, 499, 249.
+
+        These are what diffusers' LCMScheduler visits with original_inference_steps = k.
+        """
+        stride = (int(first) + 1) // steps
+        if stride == 0:
+            raise ValueError(f"student_steps {steps} is more than the {int(first) + 1} noise levels up to init_rho")
+        return [int(first) - stride * k for k in range(steps)]
+
     def fraction(self, t: float) -> float:
         return (t + 1) / self.num_train_timesteps
 
@@ -204,6 +221,10 @@ class EDM(Schedule):
     diffusers' consistency-model scheduler feeds 250 ln(sigma): noise_scale = 250. `at` spaces sigma as in eq. 5.
     """
 
+    CHAIN_RHO = 5.0
+    """Of a student's chain: two steps meet at sigma_max / 32 = 2.5, near the data's own size; evenly spaced they would meet
+    at 40, where nothing of the picture is left. Karras et al.'s 7 would spend the last of four steps on sigma = .005."""
+
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0, noise_scale: float = 0.25):
         self.sigma_min, self.sigma_max, self.rho, self.noise_scale = sigma_min, sigma_max, rho, noise_scale
         self.init_sigma = sigma_max
@@ -218,6 +239,10 @@ class EDM(Schedule):
     def at(self, u: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         return (low + u * (high - low)) ** self.rho
+
+    def chain(self, first: float, steps: int) -> list[float]:
+        """Karras et al. 2022, eq. 5, with sigma_min = 0: first ((n - k) / n)^rho for k = 0 .. n - 1, rho = `CHAIN_RHO`."""
+        return [first * ((steps - k) / steps) ** self.CHAIN_RHO for k in range(steps)]
 
     def fraction(self, t: float) -> float:
         low, high, here = (sigma ** (1 / self.rho) for sigma in (self.sigma_min, self.sigma_max, t))

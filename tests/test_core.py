@@ -408,6 +408,8 @@ def test_steps_from_is_the_published_chain():
     assert steps_from(vp(), 2.5, 1) == [440]
     assert steps_from(vp(), 2.5, 2) == [440, 220]
     assert steps_from(EDM(), 2.5, 1) == [2.5]
+    assert steps_from(EDM(), None, 2) == [80.0, 2.5]
+    assert steps_from(EDM(), 32.0, 4) == pytest.approx([32.0, 32 * 0.75**5, 1.0, 32 * 0.25**5])
     assert steps_from(RectifiedFlow(), None, 4) == [1.0, 0.75, 0.5, 0.25]
     with pytest.raises(ValueError, match="student_steps"):
         steps_from(vp(), 0.02, 50)
