@@ -288,13 +288,18 @@ class LogNormal:
 class LogNoise:
     """ln(sigma/alpha) ~ N(mean, std^2), cut just inside a schedule's range, where `time_at` has a derivative.
 
-    The law of `LogNormal` for methods in continuous time, which want the level itself and not a fraction of the schedule.
+    With `top`, a time of the schedule, cut there: what is above the level that a student starts from is never asked of
+    it, and that level itself gets its share. The law of `LogNormal` for methods in continuous time, which want the level
+    itself and not a fraction of the schedule.
     """
 
     MARGIN = 1e-6
 
-    def __init__(self, schedule: Schedule, mean: float = 0.0, std: float = 1.0):
+    def __init__(self, schedule: Schedule, mean: float = 0.0, std: float = 1.0, top: float | None = None):
         low, high = schedule.log_range()
+        if top is not None:
+            alpha, sigma = schedule.coefficients(torch.tensor([top]))
+            high = min(high, float((sigma / alpha).log()))
         self.low, self.high, self.mean, self.std = low + self.MARGIN, high - self.MARGIN, mean, std
 
     def __call__(self, rng: Rng) -> Tensor:

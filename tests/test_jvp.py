@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -310,3 +311,14 @@ def test_bare_is_the_same_denoiser():
     twin = copy.copy(bare(student))
     assert torch.equal(twin(x, torch.tensor([3, 400]), cond), student(x, torch.tensor([3, 400]), cond))
     assert twin.prediction is PREDICTIONS["epsilon"] and twin.network is student.network
+
+
+@pytest.mark.parametrize("schedule", [EDM(), linear_vp(), RectifiedFlow()], ids=["edm", "vp", "flow"])
+def test_levels_end_where_the_student_starts(schedule):
+    top = schedule.at_rho(5.0)
+    drawn = LogNoise(schedule, 0.0, 3.0, top)(Rng(0, 0, 4000))
+    alpha, sigma = schedule.coefficients(torch.tensor([top]))
+    start = float((sigma / alpha).log())
+    assert drawn.max() == pytest.approx(start, abs=1e-5)
+    share = float((drawn > start - 1e-4).double().mean())  # what lies above is moved there: P(N(0, 9) > ln 5) = .296
+    assert share == pytest.approx(0.5 * math.erfc(start / 3 / math.sqrt(2)), abs=0.02)

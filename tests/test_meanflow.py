@@ -52,7 +52,7 @@ def method_on(network: ClosedForm, student: ClosedForm, guidance: float = 1.0, *
     teacher = ClosedFormTeacher(network, (D,))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MeanFlow, "prepare", classmethod(lambda *args: None))  # a closed form has no time embedding
-        method = objective(MeanFlow, teacher, guidance=guidance, times=[0], **options)
+        method = objective(MeanFlow, teacher, guidance=guidance, times=network.schedule.grid(1), **options)
     method.generator.denoiser = denoiser(student)
     method.two_times = isinstance(student, MeanVelocity)
     return method

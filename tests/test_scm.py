@@ -39,7 +39,7 @@ class Consistent(Classes):
 
 
 def method_on(network: ClosedForm, student: ClosedForm, guidance: float = 1.0, **options: Any) -> SCM:
-    method = objective(SCM, ClosedFormTeacher(network, (D,)), guidance=guidance, times=[0], **options)
+    method = objective(SCM, ClosedFormTeacher(network, (D,)), guidance=guidance, times=network.schedule.grid(1), **options)
     method.generator.denoiser = denoiser(student)
     return method
 
@@ -327,13 +327,14 @@ def test_number_of_network_passes(guidance, how, passes):
 
 
 def test_levels():
-    """ln tan(theta) ~ N(mean, std^2), cut to the schedule; a share of them at its end."""
-    method = objective(SCM, EDMTeacher(edm_pipeline(), Facts("x")), noise_mean=0.4, noise_std=0.7)
+    """ln tan(theta) ~ N(mean, std^2), cut to the schedule up to the student's start; a share of them there."""
+    method = objective(SCM, EDMTeacher(edm_pipeline(), Facts("x")), times=[80.0], noise_mean=0.4, noise_std=0.7)
     log_q = method.levels(Rng(0, 0, 20_000)) - math.log(0.5)
     assert float(log_q.mean()) == pytest.approx(0.4, abs=0.02) and float(log_q.std()) == pytest.approx(0.7, abs=0.02)
-    method = objective(SCM, dit(), max_noise=0.5, noise_std=9.0)
+    method = objective(SCM, dit(), times=[499], max_noise=0.5, noise_std=9.0)
     log_q = method.levels(Rng(0, 0, 1000))
-    low, high = linear_vp().log_range()
+    alpha, sigma = linear_vp().coefficients(torch.tensor([499]))
+    low, high = linear_vp().log_range()[0], float((sigma / alpha).log())
     assert float(log_q.min()) == pytest.approx(low, abs=1e-3) and float(log_q.max()) == pytest.approx(high, abs=1e-5)
     assert 0.5 < float((log_q > high - 1e-5).double().mean()) < 0.75
 

@@ -30,7 +30,8 @@ class SCM(Objective):
         super().__init__(*args, **kwargs)
         c, student = self.config, self.generator.denoiser
         self.flow = TrigFlow(student.schedule, c.sigma_data or sigma_data_of(student))
-        self.law = LogNoise(student.schedule, c.noise_mean + math.log(self.flow.sigma_data), c.noise_std)
+        top = self.generator.times[0]
+        self.law = LogNoise(student.schedule, c.noise_mean + math.log(self.flow.sigma_data), c.noise_std, top)
 
     @classmethod
     def uses_real(cls, config: Any) -> bool:
