@@ -106,6 +106,13 @@ class Denoiser(nn.Module):
         assert len(found) == len(self._taps), "the network ended before every tap was reached"
         return self.prediction.to_x0(output, x_t, alpha_t, sigma_t), found
 
+    def loss_with_features(self, x_0: Tensor, cond: Cond, rng: Rng) -> tuple[Tensor, list[Tensor]]:
+        """(`loss`, outputs of the tapped submodules) from one whole pass, which is that of `loss`."""
+        with self._tapped(stop=False) as found:
+            loss = self.loss(x_0, cond, rng)
+        assert len(found) == len(self._taps), "the network ended before every tap was reached"
+        return loss, found
+
     @contextmanager
     def _tapped(self, stop: bool) -> Iterator[list[Tensor]]:
         """A list that the taps' outputs are put into; `stop` ends the pass by Stop once it is complete."""

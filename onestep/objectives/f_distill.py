@@ -40,6 +40,7 @@ class FDistillConfig(DMD2Config):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.gan_critic:
             raise ValueError(
                 "f-distill takes the density ratio from the discriminator, and gan_critic 0 does not train one; "
