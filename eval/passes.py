@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from zoo import roles
 
+from onestep.compiling import eagerly
 from onestep.denoiser import Denoiser, Stop, body, follow, unwrap
 from onestep.discriminator import Discriminator
 from onestep.guided import Guided
@@ -87,7 +88,8 @@ class Pass:
         assert self.stop is not None
         handle = body(self.network).get_submodule(self.stop).register_forward_hook(end)
         try:
-            self.network(*args, **kwargs)
+            with eagerly(self.network):
+                self.network(*args, **kwargs)
         except Stop:
             return found
         finally:
@@ -101,7 +103,8 @@ class Pass:
             by_place = dict(zip(paths, moved))
             numbered = iter(range(len(leaves)))
             args, kwargs = tree_map(lambda leaf: by_place.get(next(numbered), leaf), self.given)
-            return tree_leaves(self.network(*args, **kwargs))[0]
+            with eagerly(self.network):
+                return tree_leaves(self.network(*args, **kwargs))[0]
 
         forward(call, [leaves[i] for i in paths], [each for each in self.tangents if each is not None])
 
@@ -129,6 +132,8 @@ class Tape:
             apply(player)
 
         with ExitStack() as hooks:
+            for _, network in self._networks:
+                hooks.enter_context(eagerly(network))  # compiled code has the hooks that there were when it was made
             parts = {id(part): (name, part) for _, net in self._networks for name, part in body(net).named_modules()}
             for name, part in parts.values():
                 hooks.callback(part.register_forward_hook(partial(self._note, name)).remove)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compiling import eagerly
 from .fsdp import FSDPModule
 from .guided import KEY, Guided
 from .lora import Adapter
@@ -124,6 +125,7 @@ class Denoiser(nn.Module):
                 raise Stop
 
         with ExitStack() as hooks:
+            hooks.enter_context(eagerly(unwrap(self.network)))
             for tap in self._taps:
                 hooks.enter_context(body(self.network).get_submodule(tap).register_forward_hook(keep))
             yield found

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from .compiling import eagerly
 from .denoiser import Cond, Denoiser, body, unwrap
 from .precision import HALVES
 
@@ -59,7 +60,10 @@ def bare(denoiser: Denoiser) -> Denoiser:
     def call(network: nn.Module, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
         weight = next(body(network).parameters(), None)
         half = weight is not None and weight.dtype in HALVES
-        with _Upcast() if half else nullcontext():  # every operation passes through the mode, which takes time
+        with (
+            eagerly(network),
+            _Upcast() if half else nullcontext(),
+        ):  # every operation passes through the mode, which takes time
             return denoiser.call(network, x, timestep, cond)
 
     return Denoiser(unwrap(denoiser.network), denoiser.schedule, denoiser.prediction, call)
