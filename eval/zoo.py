@@ -105,6 +105,13 @@ class Stopped(Exception):
     """A signal asked the training to stop."""
 
 
+def roles(trainer: Trainer) -> list[tuple[str, Any]]:
+    """The members of all players, the teacher and what a method keeps beside them, each with its role."""
+    members = [("student" if player == "generator" else player, each) for player, each in trainer.members.items()]
+    members += [("teacher", [trainer.teacher.denoiser, *trainer.objective.kept()])]
+    return [(role, member) for role, each in members for member in each]
+
+
 class Passes:
     """Rows that enter each network while `on`, and those that come out again, by the network's role."""
 
@@ -112,9 +119,7 @@ class Passes:
         self.on = False
         self.entered: dict[str, int] = {}
         self.left: dict[str, int] = {}
-        members = [("student" if player == "generator" else player, each) for player, each in trainer.members.items()]
-        members += [("teacher", [trainer.teacher.denoiser, *trainer.objective.kept()])]
-        self._networks = [(role, unwrap(m.network)) for role, each in members for m in each if isinstance(m, Denoiser)]
+        self._networks = [(role, unwrap(m.network)) for role, m in roles(trainer) if isinstance(m, Denoiser)]
 
     @contextmanager
     def watching(self) -> Iterator[None]:

@@ -100,6 +100,7 @@ class TrainConfig:
     weights: str = option("fp32", "dtype in which frozen networks are stored", choices=("fp32", "bf16"))
     offload: bool = option(False, "keep the teacher in the host's memory, copied to the device layer by layer: less memory")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    compile: bool = option(False, "compile the networks (torch.compile): the first steps take minutes, the others less time")
     optimizer: str = option("adamw", "8-bit ones need bitsandbytes", choices=("adamw", "adamw8bit", "paged-adamw8bit"))
     attention: str = option("sdpa", "xformers needs the package and CUDA", choices=("sdpa", "xformers"))
     log_every: int = option(10, "steps between log lines", minimum=1, free=True)
@@ -133,6 +134,11 @@ class TrainConfig:
                 f"batch_size {self.batch_size} is no multiple of accumulation {self.accumulation}; "
                 f"type for example --batch-size {near}"
             )
+        whole = {"--student lora": self.student == "lora", "--critic lora": self.critic == "lora"}
+        whole |= {"--offload": self.offload, "--gradient-checkpointing": self.gradient_checkpointing}
+        whole |= {f"--weights {self.weights}": self.weights != "fp32"}
+        if self.compile and (bad := [name for name, asked in whole.items() if asked]):
+            raise ValueError(f"compile is not possible with {bad[0]}, which changes how layers run: leave one of them out")
         if self.only is not None and self.only >= self.students:
             raise ValueError(f"only {self.only} is none of {self.students} students; type --only 0 .. {self.students - 1}")
         if self.student_width > 1:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compiling import eagerly
 from .fsdp import FSDPModule
 from .guided import KEY, Guided
 from .lora import Adapter
@@ -106,6 +107,13 @@ class Denoiser(nn.Module):
         assert len(found) == len(self._taps), "the network ended before every tap was reached"
         return self.prediction.to_x0(output, x_t, alpha_t, sigma_t), found
 
+    def loss_with_features(self, x_0: Tensor, cond: Cond, rng: Rng) -> tuple[Tensor, list[Tensor]]:
+        """(`loss`, outputs of the tapped submodules) from one whole pass, which is that of `loss`."""
+        with self._tapped(stop=False) as found:
+            loss = self.loss(x_0, cond, rng)
+        assert len(found) == len(self._taps), "the network ended before every tap was reached"
+        return loss, found
+
     @contextmanager
     def _tapped(self, stop: bool) -> Iterator[list[Tensor]]:
         """A list that the taps' outputs are put into; `stop` ends the pass by Stop once it is complete."""
@@ -117,6 +125,7 @@ class Denoiser(nn.Module):
                 raise Stop
 
         with ExitStack() as hooks:
+            hooks.enter_context(eagerly(unwrap(self.network)))
             for tap in self._taps:
                 hooks.enter_context(body(self.network).get_submodule(tap).register_forward_hook(keep))
             yield found

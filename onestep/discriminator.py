@@ -103,6 +103,11 @@ class GAN:
         noise = torch.cat([rng.normal(x.shape[1:]), rng.normal(x.shape[1:])])
         return self._features(torch.cat([x, real]), stack(cond, cond), u, noise)
 
+    def tell_by(self, features: Sequence[Tensor], real: Tensor, cond: Cond, rng: Rng) -> Tensor:
+        """`tell` where the features of x_t are known: the pass is over the real samples alone."""
+        known = self._features(real, cond, self.levels(rng), rng.normal(real.shape[1:]))
+        return self.told(self.head([torch.cat(each) for each in zip(features, known)]))
+
     def told(self, logits: Tensor) -> Tensor:
         """The critic's loss from the logits of both halves."""
         by_x, by_real = logits.chunk(2)

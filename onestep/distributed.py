@@ -64,6 +64,7 @@ def check_environment(config: TrainConfig) -> None:
         "--student lora": config.student == "lora",
         "--critic lora": config.critic == "lora",
         "--offload": config.offload,
+        "--compile": config.compile,
         f"--optimizer {config.optimizer}": config.optimizer != "adamw",
     }
     for option in (each for each, given in wanted.items() if given):

@@ -5,6 +5,7 @@ gradient is a pass like any other, so that gradients are shared as always.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from .denoiser import Cond, Denoiser, unwrap
+from .compiling import eagerly
+from .denoiser import Cond, Denoiser, body, unwrap
 from .precision import HALVES
 
 STEP = 5e-4
@@ -56,7 +58,12 @@ def bare(denoiser: Denoiser) -> Denoiser:
     """The denoiser on its network without a distributed wrapper, to be differentiated forwards."""
 
     def call(network: nn.Module, x: Tensor, timestep: Tensor, cond: Cond) -> Tensor:
-        with _Upcast():
+        weight = next(body(network).parameters(), None)
+        half = weight is not None and weight.dtype in HALVES
+        with (
+            eagerly(network),
+            _Upcast() if half else nullcontext(),
+        ):  # every operation passes through the mode, which takes time
             return denoiser.call(network, x, timestep, cond)
 
     return Denoiser(unwrap(denoiser.network), denoiser.schedule, denoiser.prediction, call)

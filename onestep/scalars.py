@@ -16,7 +16,7 @@ class Scalars:
     """
 
     def __init__(self, log: Mapping[str, Tensor]):
-        self.log, self.values = log, dict[str, Tensor]()
+        self.log, self._values = log, dict[str, list[Tensor]]()
         self._parts: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     @contextmanager
@@ -30,13 +30,13 @@ class Scalars:
 
     def close(self) -> None:
         """After the last micro-batch of a step. Names that are no longer in the log are dropped."""
-        fresh = {name: torch.stack(parts).mean() for name, parts in self._parts.items()}
-        self.values = {name: fresh.get(name, self.values.get(name, value)) for name, value in self.log.items()}
+        self._values = {name: self._parts.get(name) or self._values.get(name, [value]) for name, value in self.log.items()}
         self._parts.clear()
 
     def means(self, accelerator: Accelerator) -> dict[str, float]:
         """The means of all processes, by name; every process has to call it, with the same names in its log."""
-        if accelerator.num_processes == 1 or not self.values:
-            return {name: float(value) for name, value in self.values.items()}
-        each = torch.stack([value.to(accelerator.device, torch.float32) for value in self.values.values()])
-        return dict(zip(self.values, accelerator.reduce(each, "mean").tolist()))
+        values = {name: torch.stack(parts).mean() for name, parts in self._values.items()}
+        if accelerator.num_processes == 1 or not values:
+            return {name: float(value) for name, value in values.items()}
+        each = torch.stack([value.to(accelerator.device, torch.float32) for value in values.values()])
+        return dict(zip(values, accelerator.reduce(each, "mean").tolist()))

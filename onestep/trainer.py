@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .best import Best
 from .checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, tell_changed_caches
+from .compiling import compile_networks
 from .config import TrainConfig
 from .data import Data
 from .data.shards import IN_USE
@@ -71,6 +72,8 @@ class Trainer:
         self._norms: defaultdict[str, deque[Tensor]] = defaultdict(lambda: deque(maxlen=NORMS))
         self._losses = Scalars(objective.log)
         self.sharded, self._outlines = shards(self.accelerator), dict[str, nn.Module]()
+        if config.compile:
+            compile_networks([teacher.denoiser.network, *(net for each in self.members.values() for net in bare(each))])
         self._distribute()
         self.optimizers = {name: self._optimizer(name) for name in self.members}  # of the weights as they are now
 

@@ -9,7 +9,7 @@ import playing
 import pytest
 import torch
 from gaussian import TYPES, Affine, Calls, ClosedFormTeacher, Gaussian, GridRng, Mixture, denoiser, fixed_level, grid
-from playing import LEVELS, MU, TAU, M, S, batch, dit, has_gradient, linear_vp, play
+from playing import LEVELS, MU, TAU, M, S, batch, clear, dit, has_gradient, linear_vp, play
 from safetensors.torch import load_file
 from tiny import dit_pipeline, edm_pipeline
 from torch import Tensor, nn
@@ -364,6 +364,51 @@ def test_number_of_network_passes(name, gan):
     assert (student.finished, student.stopped) == (5 * size, 0)
     assert (real.finished, real.stopped) == (size * (2 if guidance > 1 else 1), 0)
     assert (fake.finished, fake.stopped) == (6 * size, 11 * size if gan else 0)
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_number_of_network_passes_with_a_shared_critic_pass(name):
+    """Of the short passes remain the generator's and those over real samples, 6; all others are as many as before."""
+    make, guidance = TEACHERS[name]
+    teacher = make()
+    method = objective(teacher, guidance=guidance, share_critic_pass=True)
+    student, real, fake = (Calls(d.network) for d in (method.generator.denoiser, teacher.denoiser, method.fake))
+    for step in range(5):
+        play(method, step, batch(teacher, step))
+    assert (student.finished, real.finished) == (2 * 5, 2 * (2 if guidance > 1 else 1))
+    assert (fake.finished, fake.stopped) == (2 * 6, 2 * 6)
+
+
+def test_a_shared_critic_pass_gives_the_gradient_of_two_with_the_same_noise():
+    teacher = dit()
+    method, item = objective(teacher, share_critic_pass=True), batch(teacher)
+    fake, gan, networks = method.fake, method.gan, (method.fake, method.gan.head)
+    cond, _ = teacher.encode(item.conditions)
+    x = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(5))
+    method.critic_loss(x, item, cond).backward()
+    found = [p.grad.clone() for each in networks for p in each.parameters() if p.grad is not None]
+
+    clear(*networks)
+    rng = batch(teacher).rng
+    t, eps = fake.schedule.at(rng.uniform()), rng.normal(teacher.shape)
+    t_real, eps_real = fake.schedule.at(rng.uniform()), rng.normal(teacher.shape)
+    of_x = fake.features(add_noise(fake.schedule, x, eps, t), t, cond)
+    of_real = fake.features(add_noise(fake.schedule, item.real, eps_real, t_real), t_real, cond)
+    tell = torch.nn.functional.softplus(gan.head(of_x)).mean() + torch.nn.functional.softplus(-gan.head(of_real)).mean()
+    (fake.loss(x, cond, batch(teacher).rng) + 1e-2 * tell).backward()
+    expected = [p.grad for each in networks for p in each.parameters() if p.grad is not None]
+    assert len(found) == len(expected) > 0
+    for mine, theirs in zip(found, expected):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-4)
+    assert float(method.log["gan_critic"]) == pytest.approx(float(tell.detach()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, flag", [({"gan_critic": 0.0}, "--gan-critic 0.01"), ({"gan_t_max": 0.5}, "--gan-t-max 1")]
+)
+def test_a_critic_pass_that_cannot_be_shared_is_refused(options, flag):
+    with pytest.raises(ValueError, match=flag):
+        DMD2.Config(share_critic_pass=True, **options)
 
 
 def generator_turn(method: DMD2, item: Batch) -> None:

@@ -65,11 +65,16 @@ class DMD2(ScoreDistillation):
     def critic_loss(self, x: Tensor, batch: Batch, cond: Cond) -> Tensor | None:
         if not self.config.matching and not self.config.gan:
             return None  # regression alone asks nothing of a critic
-        loss = self.denoising(x, batch, cond)
         if not self.config.gan_critic or self.gan is None:
-            return loss
+            return self.denoising(x, batch, cond)
         if batch.real is None:
             raise ValueError("DMD2's GAN needs real images: type --data FOLDER, or --gan 0 --gan-critic 0 to go without")
-        tell = self.gan.tell(x, batch.real, cond, batch.rng)
+        if self.config.share_critic_pass:
+            loss, features = self.fake.loss_with_features(x, cond, batch.rng)
+            self.log["denoising"] = loss.detach()
+            tell = self.gan.tell_by(features, batch.real, cond, batch.rng)
+        else:
+            loss = self.denoising(x, batch, cond)
+            tell = self.gan.tell(x, batch.real, cond, batch.rng)
         self.log["gan_critic"] = tell.detach()
         return loss + self.config.gan_critic * tell
