@@ -24,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     reader.add_argument("--steps", type=int, default=50, help="default: %(default)s")
     reader.add_argument("--guidance", type=float, help="default: the teacher's")
     reader.add_argument("--sampler", choices=("ddim", "dpm++"), default="ddim", help="default: %(default)s")
+    reader.add_argument("--init-rho", type=float, help="sigma/alpha of the first step (default: the most noise)")
     reader.add_argument("--count", type=int, help="images (default: the protocol's)")
     reader.add_argument("--protocol", help="default: the teacher's")
     reader.add_argument("--output", type=Path, default=Path("teachers.jsonl"), help="default: %(default)s")
@@ -34,7 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         protocol, teacher = protocol_for(given.teacher, None, given.protocol), load_teacher(given.teacher)
         guidance = teacher.facts.guidance if given.guidance is None else given.guidance
         row = evaluate_teacher(
-            teacher, protocol, steps=given.steps, guidance=guidance, sampler=given.sampler, count=given.count
+            teacher,
+            protocol,
+            steps=given.steps,
+            guidance=guidance,
+            sampler=given.sampler,
+            init_rho=given.init_rho,
+            count=given.count,
         )
         with given.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

@@ -47,6 +47,14 @@ def test_dpm_is_of_second_order_and_ddim_of_first():
     assert ratios["dpm++"] == pytest.approx(4, abs=0.5)
 
 
+def test_sampling_from_the_middle_is_that_of_a_schedule_that_ends_there():
+    z = torch.tensor([[-1.5], [0.2], [1.3]], dtype=torch.float64)
+    whole, part = (ClosedFormTeacher(Gaussian(EDM(0.02, most))) for most in (20.0, 5.0))
+    found = whole.sample(z, {}, None, 1.0, 12, "dpm++", init_rho=5.0)
+    torch.testing.assert_close(found, part.sample(z, {}, None, 1.0, 12, "dpm++"), atol=1e-9, rtol=0)
+    assert float((found - whole.sample(z, {}, None, 1.0, 12, "dpm++")).abs().max()) > 0.01
+
+
 def test_dpm_begins_a_flow_at_pure_noise():
     """At t = 1 alpha is 0 and lambda infinite: the first steps are DDIM's, and nothing is lost."""
     teacher = ClosedFormTeacher(Gaussian(RectifiedFlow(), "flow_prediction"))

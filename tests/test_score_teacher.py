@@ -38,4 +38,7 @@ def test_the_command(script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[
     row = json.loads((tmp_path / "rows.jsonl").read_text())
     assert row["teacher"] == "digits" and row["sampler"] == "dpm++" and row["steps"] == 2 and row["guidance"] == 1.0
     assert f"{row['FD_proxy']:.4f}" in capsys.readouterr().out
+    assert script.main([*argv, "--init-rho", "10"]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert "init_rho" not in rows[0] and rows[1]["init_rho"] == 10 and rows[1]["FD_proxy"] != rows[0]["FD_proxy"]
     assert script.main([*argv[:2], "0"]) == 2 and "type 1 or more" in capsys.readouterr().err

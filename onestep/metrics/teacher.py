@@ -20,10 +20,13 @@ def evaluate_teacher(
     steps: int,
     guidance: float,
     sampler: str = "ddim",
+    init_rho: float | None = None,
     count: int | None = None,
     batch_size: int = 256,
 ) -> dict[str, Any]:
     """The JSON-able row of `teacher.sample`: the deterministic sampler that pairs and grids are made by.
+
+    With `init_rho` it starts there, from noise alone: what a student that starts there can learn at best.
 
     An embedded folder's stock pipeline need not sample its teacher well: a scheduler made for students adds noise at each of
     many steps, which is no solver of the teacher's equation. Image i has class i mod classes and the noise of seed
@@ -41,7 +44,7 @@ def evaluate_teacher(
             draws = [torch.Generator().manual_seed(protocol.first_seed + i) for i in part]
             z = torch.cat([torch.randn(1, *teacher.shape, generator=draw) for draw in draws]).to(teacher.device)
             given = teacher.encode(torch.tensor([conditions[i] for i in part], device=teacher.device))
-            yield teacher.to_images(teacher.sample(z, *given, guidance, steps, sampler)).float().cpu()
+            yield teacher.to_images(teacher.sample(z, *given, guidance, steps, sampler, init_rho)).float().cpu()
 
     fake, accuracy = score(images(), conditions, tools.network, protocol, compared.fake)
     proxy = "" if count == protocol.count else "_proxy"
@@ -54,6 +57,7 @@ def evaluate_teacher(
         "steps": steps,
         "guidance": guidance,
         "sampler": sampler,
+        **({} if init_rho is None else {"init_rho": init_rho}),
         "count": count,
         **provenance(teacher.device),
     }

@@ -164,20 +164,29 @@ class Teacher(ABC):
 
     @torch.no_grad()
     def sample(
-        self, z: Tensor, cond: Cond, uncond: Cond | None, guidance: float, steps: int, sampler: str = "ddim"
+        self,
+        z: Tensor,
+        cond: Cond,
+        uncond: Cond | None,
+        guidance: float,
+        steps: int,
+        sampler: str = "ddim",
+        init_rho: float | None = None,
     ) -> Tensor:
         """x0 by `steps` steps from unit noise z, one (guided) pass each.
+
+        With `init_rho` they begin at sigma / alpha = init_rho, from sigma_t z, as if no signal were left there.
 
         "ddim": x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) D with D = x0 (Song et al. 2021,
         eq. 12, eta 0). "dpm++" is DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): D = x0 + (x0 - x0_before) / (2 r),
         r = h_before / h, h the step in lambda = log(alpha / sigma). "dpm++" is of second order.
         """
         schedule = self.denoiser.schedule
-        grid = schedule.grid(steps)
+        grid = schedule.grid(steps, 1.0 if init_rho is None else schedule.fraction(schedule.at_rho(init_rho)))
         kind = torch.long if isinstance(grid[0], int) else z.dtype
         lambdas = [(a.log() - b.log()).item() for a, b in (schedule.coefficients(torch.tensor([t])) for t in grid)]
-        x_t = schedule.init_sigma * z
-        x_0 = before = x_t
+        start = schedule.init_sigma if init_rho is None else float(schedule.coefficients(torch.tensor([grid[0]]))[1])
+        x_0 = before = x_t = start * z
         for i, here in enumerate(grid):
             t = torch.full((len(z),), here, device=z.device, dtype=kind)
             before, x_0 = x_0, self(x_t, t, cond, uncond, guidance)
