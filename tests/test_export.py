@@ -20,6 +20,7 @@ from onestep import verify as verifying
 from onestep.card import Card, snippet, update_score
 from onestep.exporting import export, scheduler_for
 from onestep.generator import Generator
+from onestep.schedule import EDM
 from onestep.teacher import DiTTeacher, EDMTeacher, Facts, Teacher
 
 CARD = Card("dmd2", "fashion", 1.5, "Apache-2.0; trained on Fashion-MNIST (MIT)", {"lr": 1e-4}, command="train it")
@@ -125,8 +126,8 @@ CASES = {
     "uneven chain": lambda: student(DiTTeacher, dit_pipeline(learned_variance=True), [439, 293, 147]),
     "edm 2.5": lambda: student(EDMTeacher, edm_pipeline(1), [2.5]),
     "edm 80": lambda: student(EDMTeacher, edm_pipeline(3), [80.0]),
-    "edm chain": lambda: student(EDMTeacher, edm_pipeline(1), [10.0, 7.5, 5.0, 2.5]),
-    "edm chain, loud": lambda: loud(*student(EDMTeacher, edm_pipeline(1), [10.0, 5.0])),
+    "edm chain": lambda: student(EDMTeacher, edm_pipeline(1), EDM().chain(10.0, 4)),
+    "edm chain, loud": lambda: loud(*student(EDMTeacher, edm_pipeline(1), EDM().chain(10.0, 2))),
     "edm, no classes": lambda: student(EDMTeacher, edm_pipeline(1, classes=None), [2.5]),
 }
 
