@@ -31,8 +31,8 @@ class MeanFlow(Objective):
         super().__init__(*args, **kwargs)
         c, student = self.config, self.generator.denoiser
         self.guidance = self.ends_at(c, self.guidance)  # grids show that teacher
-        self.flow = StraightFlow(student.schedule)
-        self.law = LogNoise(student.schedule, c.time_mean, c.time_std, self.generator.times[0])
+        # not cut where the student starts: without levels above it the derivative there runs away
+        self.flow, self.law = StraightFlow(student.schedule), LogNoise(student.schedule, c.time_mean, c.time_std)
         self.two_times = bool(layers(unwrap(student.network)))
 
     @classmethod
