@@ -288,19 +288,15 @@ class LogNormal:
 class LogNoise:
     """ln(sigma/alpha) ~ N(mean, std^2), cut just inside a schedule's range, where `time_at` has a derivative.
 
-    With `top`, a time of the schedule, cut there: what is above the level that a student starts from is never asked of
-    it, and that level itself gets its share. The law of `LogNormal` for methods in continuous time, which want the level
-    itself and not a fraction of the schedule.
+    The law of `LogNormal` for methods in continuous time, which want the level itself and not a fraction of the schedule.
     """
 
     MARGIN = 1e-6
 
-    def __init__(self, schedule: Schedule, mean: float = 0.0, std: float = 1.0, top: float | None = None):
+    def __init__(self, schedule: Schedule, mean: float = 0.0, std: float = 1.0):
         low, high = schedule.log_range()
-        if top is not None:
-            alpha, sigma = schedule.coefficients(torch.tensor([top]))
-            high = min(high, float((sigma / alpha).log()))
-        self.low, self.high, self.mean, self.std = low + self.MARGIN, high - self.MARGIN, mean, std
+        self.schedule, self.mean, self.std = schedule, mean, std
+        self.low, self.high = low + self.MARGIN, high - self.MARGIN
 
     def __call__(self, rng: Rng) -> Tensor:
         """(B,), in float64 where the device has it."""
@@ -308,3 +304,8 @@ class LogNoise:
 
     def cut(self, log_q: Tensor) -> Tensor:
         return log_q.clamp(self.low, self.high)
+
+    def level(self, time: float) -> float:
+        """ln(sigma/alpha) of a time of the schedule, cut likewise."""
+        alpha, sigma = self.schedule.coefficients(torch.tensor([time]))
+        return min(max(float((sigma / alpha).log()), self.low), self.high)

@@ -314,11 +314,7 @@ def test_bare_is_the_same_denoiser():
 
 
 @pytest.mark.parametrize("schedule", [EDM(), linear_vp(), RectifiedFlow()], ids=["edm", "vp", "flow"])
-def test_levels_end_where_the_student_starts(schedule):
-    top = schedule.at_rho(5.0)
-    drawn = LogNoise(schedule, 0.0, 3.0, top)(Rng(0, 0, 4000))
-    alpha, sigma = schedule.coefficients(torch.tensor([top]))
-    start = float((sigma / alpha).log())
-    assert drawn.max() == pytest.approx(start, abs=1e-5)
-    share = float((drawn > start - 1e-4).double().mean())  # what lies above is moved there: P(N(0, 9) > ln 5) = .296
-    assert share == pytest.approx(0.5 * math.erfc(start / 3 / math.sqrt(2)), abs=0.02)
+def test_the_level_of_a_time(schedule):
+    law = LogNoise(schedule)
+    assert law.level(schedule.at_rho(5.0)) == pytest.approx(math.log(5), abs=0.01)  # of the nearest index
+    assert law.level(schedule.grid(1)[0]) == pytest.approx(law.high, abs=1e-6)

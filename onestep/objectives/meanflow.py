@@ -31,8 +31,9 @@ class MeanFlow(Objective):
         super().__init__(*args, **kwargs)
         c, student = self.config, self.generator.denoiser
         self.guidance = self.ends_at(c, self.guidance)  # grids show that teacher
-        # not cut where the student starts: without levels above it the derivative there runs away
+        # levels above the student's start are drawn too: without them the derivative there runs away
         self.flow, self.law = StraightFlow(student.schedule), LogNoise(student.schedule, c.time_mean, c.time_std)
+        self.start = self.law.level(self.generator.times[0])
         self.two_times = bool(layers(unwrap(student.network)))
 
     @classmethod
@@ -65,7 +66,7 @@ class MeanFlow(Objective):
 
     def _at_start(self, log_q: Tensor, rng: Rng) -> Tensor:
         """Some of the levels at the one where sampling starts, which a law in its far tail would not reach."""
-        return torch.where(rng.uniform() < self.config.max_noise, self.law.high, log_q)
+        return torch.where(rng.uniform() < self.config.max_noise, self.start, log_q)
 
     def _draw(self, rng: Rng) -> Tensor:
         return self.law(rng) if self.config.time_law == "logit-normal" else self.law.cut(precise(rng.uniform()).logit())

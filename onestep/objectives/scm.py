@@ -30,8 +30,8 @@ class SCM(Objective):
         super().__init__(*args, **kwargs)
         c, student = self.config, self.generator.denoiser
         self.flow = TrigFlow(student.schedule, c.sigma_data or sigma_data_of(student))
-        top = self.generator.times[0]
-        self.law = LogNoise(student.schedule, c.noise_mean + math.log(self.flow.sigma_data), c.noise_std, top)
+        self.law = LogNoise(student.schedule, c.noise_mean + math.log(self.flow.sigma_data), c.noise_std)
+        self.start = self.law.level(self.generator.times[0])
 
     @classmethod
     def uses_real(cls, config: Any) -> bool:
@@ -45,7 +45,7 @@ class SCM(Objective):
         log_q = self.law(rng)
         if not self.config.max_noise:
             return log_q
-        return torch.where(rng.uniform() < self.config.max_noise, self.law.high, log_q)
+        return torch.where(rng.uniform() < self.config.max_noise, self.start, log_q)
 
     def step(self, batch: Batch, step: int) -> Iterator[tuple[str, Tensor]]:
         if batch.real is None:
