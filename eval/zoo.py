@@ -487,7 +487,7 @@ def contact_sheet(rows: list[dict[str, Any]], job: Job, path: Path, each: int = 
     for (name, count), row in first.items():
         pipe = load_pipeline(job.output.joinpath(*Path(row["export"]).parts[-2:]))
         images = torch.cat(list(render(pipe, labels, seeds, count, 1.0, len(seeds))))
-        title = f"{name}, {count} steps" if names.count(name) > 1 else name
+        title = f"{name}, {count} step{'s' * (count > 1)}" if names.count(name) > 1 else name
         columns[f"{title}\n{row['protocol']['metric']} {metric_of(row):.2f}"] = images
     save_columns(path, columns)
 
