@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .guidance_adapter import GuidanceAdapter, attached, width_of
+from .pipelines.adapter_guidance import GuidanceAdapter, attached, width_of
 
 KEY = "adapter_guidance"
 """Name of the guidance among a batch's conditions, shape (B,) or (1,); without it the network runs without adapters."""

@@ -10,15 +10,15 @@ import torch
 import yaml
 from torch import nn
 
-from . import guidance_adapter
 from .card import LICENCES, Card
 from .denoiser import body, unwrap
 from .exporting import _replacing as replacing
 from .exporting import _stock_pipeline as stock_pipeline
 from .exporting import stored_network
-from .guidance_adapter import SUBFOLDER, attached
 from .guided import Guided, count
 from .guided_sampler import GuidedSampler
+from .pipelines import adapter_guidance
+from .pipelines.adapter_guidance import SUBFOLDER, attached
 from .quiet import quiet
 from .teacher import Teacher
 from .teacher.text import TextTeacher
@@ -44,7 +44,7 @@ def export_guided(generator: GuidedSampler, teacher: Teacher, folder: Path, dtyp
             pipeline = stock_pipeline(base, teacher, teacher.pipeline.scheduler, dtype)
             pipeline.save_pretrained(scratch)
             adapter.save_pretrained(scratch / SUBFOLDER)
-            shutil.copyfile(guidance_adapter.__file__, scratch / f"{PIPELINE}.py")
+            shutil.copyfile(adapter_guidance.__file__, scratch / f"{PIPELINE}.py")
             for path in [scratch / "model_index.json", *scratch.glob("*/config.json")]:
                 config = json.loads(path.read_text(encoding="utf-8"))
                 config.pop("_name_or_path", None)  # diffusers notes where the teacher lay on this disk

@@ -36,7 +36,7 @@ from .teacher import Teacher
 from .teacher.text import EXAMPLES, TextTeacher
 
 CLASS = "MultiStudentPipeline"
-SOURCE = Path(__file__).parents[1] / "pipelines" / "multi_student.py"
+SOURCE = Path(__file__).parent / "pipelines" / "multi_student.py"
 
 
 class Some(Shards):

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..checkpointing import enable
 from ..denoiser import Cond, Denoiser, body, call_network, guided
-from ..guidance_adapter import GuidanceAdapter
 from ..guided import Guided, told
 from ..lora import Adapter, plain, unused
+from ..pipelines.adapter_guidance import GuidanceAdapter
 from ..prediction import prediction_of
 from ..schedule import Schedule
 from .facts import Facts

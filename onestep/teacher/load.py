@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..config import TrainConfig
-from ..guidance_adapter import SUBFOLDER, GuidanceAdapter
+from ..pipelines.adapter_guidance import SUBFOLDER, GuidanceAdapter
 from ..quiet import quiet
 from .base import Teacher
 from .table import facts_of
