@@ -44,13 +44,9 @@ def export(generator: Generator, teacher: Teacher, folder: Path, dtype: torch.dt
     scheduler = scheduler_for(generator, teacher)
     counts = step_counts(scheduler, generator, teacher)
     try:
-        with _replacing(folder) as scratch:
+        with replacing(folder) as scratch:
             network = stored_network(generator.denoiser.network, dtype)
-            _stock_pipeline(network, teacher, scheduler, dtype).save_pretrained(scratch)
-            for path in [scratch / "model_index.json", *scratch.glob("*/config.json")]:
-                config = json.loads(path.read_text(encoding="utf-8"))
-                config.pop("_name_or_path", None)  # diffusers notes where the teacher lay on this disk
-                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            save_stock(network, teacher, scheduler, dtype, scratch)
             if teacher.remote_code:
                 from .networks.standalone import make_standalone
 
@@ -78,7 +74,7 @@ def export_lora(generator: Generator, teacher: Teacher, folder: Path, layout: st
         raise ValueError("diffusers reads no LoRA file for this network: leave --lora out to export it as a full model")
     check_input_scale(generator, teacher)
     scheduler = scheduler_for(generator, teacher)
-    with _replacing(folder, LORA_NAME) as scratch:
+    with replacing(folder, LORA_NAME) as scratch:
         save_lora(adapter, scratch / LORA_NAME, layout, dtype)
         scheduler.save_pretrained(scratch / "scheduler")
     return folder
@@ -219,6 +215,15 @@ def _stock_pipeline(network: nn.Module, teacher: Teacher, scheduler: Any, dtype:
     return pipeline
 
 
+def save_stock(network: nn.Module, teacher: Teacher, scheduler: Any, dtype: torch.dtype, folder: Path) -> None:
+    """That pipeline in `folder`, which does not say where the teacher lay on this disk, as diffusers would note."""
+    _stock_pipeline(network, teacher, scheduler, dtype).save_pretrained(folder)
+    for path in [folder / "model_index.json", *folder.glob("*/config.json")]:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def stored_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The network on the CPU in `dtype`; an adapter's is its base with the adapter merged. A second time becomes 0."""
     bare = unwrap(network)
@@ -227,7 +232,7 @@ def stored_network(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @contextmanager
-def _replacing(folder: Path, mark: str = "model_index.json") -> Iterator[Path]:
+def replacing(folder: Path, mark: str = "model_index.json") -> Iterator[Path]:
     """A sibling of `folder` to write into, which takes its place at the end and vanishes where anything fails.
 
     Raises ValueError where `folder` is something else than an earlier export, which has a file `mark`, or an empty folder.

@@ -12,9 +12,7 @@ from torch import nn
 
 from .card import LICENCES, Card
 from .denoiser import body, unwrap
-from .exporting import _replacing as replacing
-from .exporting import _stock_pipeline as stock_pipeline
-from .exporting import stored_network
+from .exporting import replacing, save_stock, stored_network
 from .guided import Guided, count
 from .guided_sampler import GuidedSampler
 from .pipelines import adapter_guidance
@@ -41,14 +39,9 @@ def export_guided(generator: GuidedSampler, teacher: Teacher, folder: Path, dtyp
     base, adapter = stored_network(body(student), dtype), student.adapter
     try:
         with replacing(folder) as scratch:
-            pipeline = stock_pipeline(base, teacher, teacher.pipeline.scheduler, dtype)
-            pipeline.save_pretrained(scratch)
             adapter.save_pretrained(scratch / SUBFOLDER)
+            save_stock(base, teacher, teacher.pipeline.scheduler, dtype, scratch)
             shutil.copyfile(adapter_guidance.__file__, scratch / f"{PIPELINE}.py")
-            for path in [scratch / "model_index.json", *scratch.glob("*/config.json")]:
-                config = json.loads(path.read_text(encoding="utf-8"))
-                config.pop("_name_or_path", None)  # diffusers notes where the teacher lay on this disk
-                path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             code = snippet(teacher, folder.resolve().name, len(generator.times), card.guidance)
             (scratch / "README.md").write_text(card_text(card, student, teacher, folder, code), encoding="utf-8")
             verify(scratch, student, base, teacher, card.guidance)

@@ -26,7 +26,7 @@ from torch import Tensor
 from .config import PROG, TrainConfig
 from .data import Data
 from .data.shards import Rows, Shards
-from .exporting import _replacing as replacing
+from .exporting import replacing
 from .objectives import Batch
 from .partition import PARTITION_NAME, Classes, Partition, Prompts, partition_of, pooled, read_partition
 from .quiet import quiet
