@@ -5,6 +5,7 @@ of any prediction type becomes the slope dx/dtime of its probability-flow ODE. A
 """
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,17 @@ from .denoiser import Cond
 from .prediction import Prediction
 from .schedule import Schedule
 from .trajectory import Denoise
+
+
+class Level(NamedTuple):
+    """What coordinates need of a noise level: time, shape (B,), and the rest shaped to broadcast against samples."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    keep: Tensor
+    way: Tensor
+    size: Tensor
 
 
 class Path(ABC):
@@ -25,17 +37,24 @@ class Path(ABC):
     def parts(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(keep, way, size) with x_t = size x and slope (keep x - x0) / way."""
 
-    def velocity(self, denoise: Denoise, x: Tensor, log_q: Tensor, cond: Cond) -> Tensor:
-        """(keep x - x0) / way, shape of x: the slope for a denoiser, and keep x - way velocity is always its x0."""
+    def at(self, log_q: Tensor, like: Tensor) -> Level:
+        """Everything of the levels ln q, to be used for several passes at them."""
         t = self.schedule.time_at(log_q.exp())
-        keep, way, size = self.parts(*self.schedule(t, x))
-        return (keep * x - denoise(size * x, t, cond)) / way
+        alpha, sigma = self.schedule(t, like)
+        return Level(t, alpha, sigma, *self.parts(alpha, sigma))
 
-    def per_output(self, prediction: Prediction, log_q: Tensor, like: Tensor) -> Tensor:
+    def velocity(self, denoise: Denoise, x: Tensor, at: Tensor | Level, cond: Cond) -> Tensor:
+        """(keep x - x0) / way, shape of x: the slope for a denoiser, and keep x - way velocity is always its x0.
+
+        `at` is ln q, or what `at` made of it.
+        """
+        level = at if isinstance(at, Level) else self.at(at, x)
+        return (level.keep * x - denoise(level.size * x, level.t, cond)) / level.way
+
+    def per_output(self, prediction: Prediction, level: Level) -> Tensor:
         """|d velocity / d output| of a network of that prediction type, shape (B, 1, ...)."""
-        alpha, sigma = self.schedule(self.schedule.time_at(log_q.exp()), like)
-        _, way, _ = self.parts(alpha, sigma)
-        return prediction.to_x0(torch.ones_like(alpha), torch.zeros_like(alpha), alpha, sigma).abs() / way
+        one, zero = torch.ones_like(level.alpha), torch.zeros_like(level.alpha)
+        return prediction.to_x0(one, zero, level.alpha, level.sigma).abs() / level.way
 
 
 class TrigFlow(Path):
@@ -54,11 +73,6 @@ class TrigFlow(Path):
         size = (alpha**2 + z**2).sqrt()
         return alpha / size, z / size, size
 
-    def angles(self, log_q: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos(theta), sin(theta)), shaped to broadcast against `like`."""
-        cos, sin, _ = self.parts(*self.schedule(self.schedule.time_at(log_q.exp()), like))
-        return cos, sin
-
 
 class StraightFlow(Path):
     """x = (1 - t) x_0 + t eps with t = sigma / (alpha + sigma), slope dx/dt = eps_hat - x0 = (x - x0) / t.
@@ -68,7 +82,3 @@ class StraightFlow(Path):
 
     def parts(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ones_like(alpha), sigma / (alpha + sigma), alpha + sigma
-
-    def time(self, log_q: Tensor, like: Tensor) -> Tensor:
-        """t, shaped to broadcast against `like`."""
-        return self.parts(*self.schedule(self.schedule.time_at(log_q.exp()), like))[1]

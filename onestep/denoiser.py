@@ -13,7 +13,7 @@ from .fsdp import FSDPModule
 from .guided import KEY, Guided
 from .lora import Adapter
 from .precision import full_precision
-from .prediction import Prediction, add_noise
+from .prediction import Prediction
 from .rng import Rng
 from .schedule import Schedule
 
@@ -59,17 +59,24 @@ class Denoiser(nn.Module):
         weight = next(body(network).parameters(), None)
         self.dtype = torch.float32 if weight is None else torch.promote_types(weight.dtype, torch.float32)
 
-    def output(self, x_t: Tensor, t: Tensor, cond: Cond, network: nn.Module | None = None) -> Tensor:
-        """The network's raw output at x_t, shape of x_t, in x_t's dtype."""
-        alpha_t, sigma_t = self.schedule(t, x_t)
+    def output(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond,
+        network: nn.Module | None = None,
+        coefficients: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """The network's raw output at x_t, shape of x_t, in x_t's dtype. `coefficients` are the schedule's, if at hand."""
+        alpha_t, sigma_t = coefficients or self.schedule(t, x_t)
         x_in = self.prediction.scale_input(x_t, alpha_t, sigma_t).to(self.dtype)
         with full_precision(body(self.network)):
             out = self.call(network or self.network, x_in, self.schedule.timestep(t), cond)
         return out[:, : x_t.shape[1]].to(alpha_t.dtype)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        alpha_t, sigma_t = self.schedule(t, x_t)
-        return self.prediction.to_x0(self.output(x_t, t, cond), x_t, alpha_t, sigma_t)
+        coefficients = self.schedule(t, x_t)
+        return self.prediction.to_x0(self.output(x_t, t, cond, coefficients=coefficients), x_t, *coefficients)
 
     def loss(self, x_0: Tensor, cond: Cond, rng: Rng, t: Tensor | None = None) -> Tensor:
         """Denoising score matching, mean over batch and elements of weight * (output - target)^2.
@@ -78,10 +85,9 @@ class Denoiser(nn.Module):
         """
         t = self.schedule.at(rng.uniform()) if t is None else t
         eps = rng.normal(x_0.shape[1:]).to(x_0.dtype)
-        alpha_t, sigma_t = self.schedule(t, x_0)
-        error = self.output(add_noise(self.schedule, x_0, eps, t), t, cond) - self.prediction.target(
-            x_0, eps, alpha_t, sigma_t
-        )
+        alpha_t, sigma_t = coefficients = self.schedule(t, x_0)
+        output = self.output(alpha_t * x_0 + sigma_t * eps, t, cond, coefficients=coefficients)
+        error = output - self.prediction.target(x_0, eps, alpha_t, sigma_t)
         return (self.prediction.weight(alpha_t, sigma_t) * error.square()).mean()
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
@@ -101,11 +107,11 @@ class Denoiser(nn.Module):
 
     def with_features(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, list[Tensor]]:
         """(x0, outputs of the tapped submodules) from one whole pass of the bare network."""
-        alpha_t, sigma_t = self.schedule(t, x_t)
+        coefficients = self.schedule(t, x_t)
         with self._tapped(stop=False) as found:
-            output = self.output(x_t, t, cond, network=unwrap(self.network))
+            output = self.output(x_t, t, cond, unwrap(self.network), coefficients)
         assert len(found) == len(self._taps), "the network ended before every tap was reached"
-        return self.prediction.to_x0(output, x_t, alpha_t, sigma_t), found
+        return self.prediction.to_x0(output, x_t, *coefficients), found
 
     def loss_with_features(self, x_0: Tensor, cond: Cond, rng: Rng) -> tuple[Tensor, list[Tensor]]:
         """(`loss`, outputs of the tapped submodules) from one whole pass, which is that of `loss`."""

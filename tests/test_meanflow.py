@@ -87,9 +87,9 @@ def test_the_identity_at_one_point(how, tolerance):
     u = method.flow.velocity(denoiser(student), x, log_q, timed).detach()
     assert float(v) == pytest.approx(-1.1510006064281382, abs=1e-12)
     assert float(u) == pytest.approx(-1.257084566224782, abs=1e-12)
-    slope = method.slope(x, log_q, timed, v, method.flow.time(log_q, x))
+    slope = method.slope(x, log_q, timed, v, method.flow.at(log_q, x).way)
     assert float(v - 0.7 * slope) == pytest.approx(float(u), abs=tolerance)
-    astray = method.slope(x, log_q, timed, v + 0.5, method.flow.time(log_q, x))
+    astray = method.slope(x, log_q, timed, v + 0.5, method.flow.at(log_q, x).way)
     assert abs(float(v - 0.7 * astray - u)) > 0.01
 
 
@@ -144,7 +144,7 @@ def test_straight_coordinates_are_exact(name):
         torch.testing.assert_close(x_t, add_noise(schedule, x_0, eps, time), atol=1e-9, rtol=1e-9)
         return x_0
 
-    torch.testing.assert_close(flow.time(log_q, x_0), t, atol=1e-12, rtol=1e-9)
+    torch.testing.assert_close(flow.at(log_q, x_0).way, t, atol=1e-12, rtol=1e-9)
     v = flow.velocity(denoise, (1 - t) * x_0 + t * eps, log_q, {})
     torch.testing.assert_close(v, eps - x_0, atol=1e-9, rtol=1e-9)
 
@@ -209,7 +209,7 @@ def test_unit_of_the_networks_output(kind, name, path):
     before = flow.velocity(denoise, x, log_q, {})
     shift = 2.0
     change = (flow.velocity(denoise, x, log_q, {}) - before).abs() / 2
-    torch.testing.assert_close(flow.per_output(TYPES[kind], log_q, x).expand_as(x), change, atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(flow.per_output(TYPES[kind], flow.at(log_q, x)).expand_as(x), change, atol=1e-9, rtol=1e-6)
 
 
 def test_the_unit_is_that_of_the_loss():
@@ -271,7 +271,7 @@ def test_one_step_is_the_generators():
     z = torch.randn(2, *teacher.shape, generator=torch.Generator().manual_seed(0))
     cond, _ = teacher.encode(torch.arange(2))
     top = torch.tensor([teacher.denoiser.schedule.log_range()[1]]).double().expand(2)
-    t = method.flow.time(top, z)
+    t = method.flow.at(top, z).way
     x = z * t / float(student.schedule.coefficients(torch.tensor([999]))[1])
     with torch.no_grad():
         first = method.generator.first(z, cond)

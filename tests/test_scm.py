@@ -74,7 +74,7 @@ def test_trigflow_is_the_same_noise(name, sigma_data):
         return x_0
 
     flow = TrigFlow(schedule, sigma_data)
-    cos, sin = flow.angles(LOG_Q, x_0)
+    cos, sin = flow.at(LOG_Q, x_0)[3:5]
     theta = torch.atan(q / sigma_data).view(-1, 1)
     torch.testing.assert_close((cos, sin), (theta.cos(), theta.sin()), atol=1e-10, rtol=1e-10)
     way = flow.velocity(denoise, cos * x_0 + sin * sigma_data * eps, LOG_Q, {})
@@ -121,7 +121,7 @@ def test_tangent_is_the_slope_along_the_teachers_trajectory(kind, name):
     # between the ends of the indices of VP, where the schedule has a kink
     log_q = schedule.coefficients(schedule.time_at(LOG_Q.exp()).floor() + 0.4) if name == "vp" else None
     levels = LOG_Q if log_q is None else (log_q[1] / log_q[0]).log()
-    cos, sin = method.flow.angles(levels, x)
+    cos, sin = method.flow.at(levels, x)[3:5]
     cond = {"class_labels": torch.arange(SIZE) % 3}
     way = method.flow.velocity(denoiser(teacher), x, levels, cond)
     slope = method.slope(x, levels, cond, cos * sin * way)
@@ -158,7 +158,7 @@ def test_the_datas_direction_is_not_the_teachers(how, monkeypatch):
     data, slope = item(), method.slope
 
     def astray(x: Tensor, log_q: Tensor, cond: Any, along: Tensor) -> Tensor:
-        cos, sin = method.flow.angles(log_q, x)
+        cos, sin = method.flow.at(log_q, x)[3:5]
         z = (x - cos * data.real) / sin
         return slope(x, log_q, cond, cos * sin * (cos * z - sin * data.real))
 
@@ -203,8 +203,9 @@ def test_the_unit_is_the_networks_output(kind):
     x = torch.zeros(SIZE, D, dtype=torch.float64)
     method = method_on(Classes(linear_vp(), kind), Classes(linear_vp(), kind))
     expected = cos if kind == "epsilon" else torch.ones_like(cos)
-    torch.testing.assert_close(method.weight(LOG_Q, x), expected, atol=1e-9, rtol=1e-9)
-    assert method_on(Classes(linear_vp(), kind), Classes(linear_vp(), kind), weight="F").weight(LOG_Q, x) == 1.0
+    level = method.flow.at(LOG_Q, x)
+    torch.testing.assert_close(method.weight(level), expected, atol=1e-9, rtol=1e-9)
+    assert method_on(Classes(linear_vp(), kind), Classes(linear_vp(), kind), weight="F").weight(level) == 1.0
     ours, g = x + 1, x + 2
     assert float(scm_loss(ours, g, cos)) == pytest.approx(4 * float(cos.mean()))
 

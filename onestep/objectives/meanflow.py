@@ -76,17 +76,18 @@ class MeanFlow(Objective):
             raise ValueError("trajectories start from real samples: type --data with pictures, such as --data FOLDER")
         cond, uncond = self.teacher.encode(batch.conditions)
         x_0, (r, log_q) = batch.real, self.levels(batch.rng)
-        eps, t = batch.rng.normal(x_0.shape[1:]).to(x_0.dtype), self.flow.time(log_q, x_0)
+        eps, level = batch.rng.normal(x_0.shape[1:]).to(x_0.dtype), self.flow.at(log_q, x_0)
+        t = level.way
         x = (1 - t) * x_0 + t * eps
         ours = cond | {KEY: r} if self.two_times else cond
         with torch.no_grad():  # before the student's own pass, for no other may come between it and its backward
             v = eps - x_0
             if self.config.velocity == "teacher":
-                v = self.flow.velocity(lambda x_t, t, c: self.teacher(x_t, t, c, uncond, self.guidance), x, log_q, cond)
+                v = self.flow.velocity(lambda x_t, t, c: self.teacher(x_t, t, c, uncond, self.guidance), x, level, cond)
             target = v - (t - per_sample(r, x).to(t.dtype)) * self.slope(x, log_q, ours, v, t)
-        error = self.flow.velocity(self.generator.denoiser, x, log_q, ours) - target
+        error = self.flow.velocity(self.generator.denoiser, x, level, ours) - target
         if self.config.unit == "output":
-            error = error / self.flow.per_output(self.generator.denoiser.prediction, log_q, x)
+            error = error / self.flow.per_output(self.generator.denoiser.prediction, level)
         self.log["mean_flow"] = error.detach().square().mean()
         yield "generator", weighted(error, self.config.power, self.config.power_floor)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..continuous import TrigFlow
+from ..continuous import Level, TrigFlow
 from ..denoiser import Cond, Denoiser
 from ..jvp import JVP, bare
 from ..methods.scm import SCMConfig
@@ -52,23 +52,24 @@ class SCM(Objective):
             raise ValueError("trajectories start from real samples: type --data with pictures, such as --data FOLDER")
         cond, uncond = self.teacher.encode(batch.conditions)
         x_0, log_q = batch.real, self.levels(batch.rng)
-        cos, sin = self.flow.angles(log_q, x_0)
+        level = self.flow.at(log_q, x_0)
+        cos, sin = level.keep, level.way
         x = cos * x_0 + sin * self.flow.sigma_data * batch.rng.normal(x_0.shape[1:]).to(x_0.dtype)
         with torch.no_grad():  # before the student's own pass, for no other may come between it and its backward
-            way = self.flow.velocity(lambda x_t, t, c: self.teacher(x_t, t, c, uncond, self.guidance), x, log_q, cond)
+            way = self.flow.velocity(lambda x_t, t, c: self.teacher(x_t, t, c, uncond, self.guidance), x, level, cond)
             slope = self.slope(x, log_q, cond, cos * sin * way)
-        ours = self.flow.velocity(self.generator.denoiser, x, log_q, cond)
+        ours = self.flow.velocity(self.generator.denoiser, x, level, cond)
         warm = min(1.0, (step + 1) / max(1, self.config.tangent_warmup))
         g = tangent(x, ours.detach(), way, slope, cos, sin, warm)
         self.log["tangent"] = g.square().mean().sqrt()
         g = normalised(g, self.config.tangent_floor)
-        yield "generator", scm_loss(ours / self.flow.sigma_data, g, self.weight(log_q, x))
+        yield "generator", scm_loss(ours / self.flow.sigma_data, g, self.weight(level))
 
-    def weight(self, log_q: Tensor, like: Tensor) -> Tensor | float:
+    def weight(self, level: Level) -> Tensor | float:
         """1 / |dF / d output|: 1 for EDM and v; cos(theta) for eps, which F divides by it."""
         if self.config.weight == "F":
             return 1.0
-        return self.flow.sigma_data / self.flow.per_output(self.generator.denoiser.prediction, log_q, like)
+        return self.flow.sigma_data / self.flow.per_output(self.generator.denoiser.prediction, level)
 
     def slope(self, x: Tensor, log_q: Tensor, cond: Cond, along: Tensor) -> Tensor:
         """cos(theta) sin(theta) sigma_data dF/dtheta where dx/dtheta is along / (cos(theta) sin(theta)).
