@@ -43,6 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=1.0, help="uncond + guidance * (cond - uncond); 1 is none")
     parser.add_argument("--classes", type=int, help="labels 0 .. CLASSES-1 are generated in turn; default all")
     parser.add_argument("--prompts", type=Path, help="a text file with a prompt a line, a JSON list, or COCO's captions")
+    parser.add_argument("--by-prompt", action="store_true", help="keep clip-score and retrieval of every prompt in the row")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the images as PNGs; the same call goes on there")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=1, help="threads that read and resize images")
@@ -88,7 +89,8 @@ def device_of(name: str) -> str:
 
 def table(row: dict[str, Any]) -> str:
     """A row for a terminal, an entry a line; of a protocol its name alone."""
-    flat = {**row, "protocol": row["protocol"]["name"]} if "protocol" in row else row
+    flat = {**row, **({"protocol": row["protocol"]["name"]} if "protocol" in row else {})}
+    flat.pop("by_prompt", None)  # a line a prompt, which python -m onestep.report shows
     width = max(map(len, flat))
     shown = {key: f"{value:.4f}" if isinstance(value, float) else value for key, value in flat.items()}
     return "\n".join(f"{key:<{width}}  {value}" for key, value in shown.items())

@@ -112,10 +112,10 @@ def test_the_inception_score_of_a_known_classifier():
 
 
 def test_accuracy_of_classes_is_the_fraction_that_was_asked_for():
-    from onestep.metrics.measure import Measured, scores
+    from onestep.metrics.measure import Measured, means, scores
 
     measured = Measured(Moments(3), logits=torch.eye(3)[[0, 1, 2, 2]], labels=torch.tensor([0, 1, 2, 0]))
-    assert scores(None, measured, ["class-accuracy"], load_extractor("digits"), "none") == {"class_accuracy": 0.75}
+    assert means(scores(None, measured, ["class-accuracy"], load_extractor("digits"), "none")) == {"class_accuracy": 0.75}
 
 
 # The same row
@@ -396,7 +396,7 @@ def test_a_published_protocol_says_what_to_bring(tiny_teacher, texts, tmp_path, 
 
 
 def test_metrics_have_all_the_names_that_the_help_tells():
-    told = "fd, kid, sfid, is, precision-recall, cmmd, class-accuracy, clip-score, diversity"
+    told = "fd, kid, sfid, is, precision-recall, cmmd, class-accuracy, clip-score, retrieval, diversity"
     assert set(told.split(", ")) == set(METRICS)
 
 
@@ -414,7 +414,10 @@ def test_the_clip_score_of_a_folder_is_that_of_its_pictures_and_prompts(tmp_path
     told = [f"a picture of {word}" for word in ("one", "two", "one", "three", "two", "one")]
     prompts.write_text("\n".join(told))
     row = scored(
-        [folder, "--extractor", f"clip:{tmp_path / 'clip'}", "--metrics", "clip-score,diversity", "--prompts", prompts],
+        [
+            *(folder, "--extractor", f"clip:{tmp_path / 'clip'}"),
+            *("--metrics", "clip-score,diversity", "--prompts", prompts, "--by-prompt"),
+        ],
         tmp_path / "rows.jsonl",
     )
     clip = load_clip(str(tmp_path / "clip"))
@@ -428,6 +431,16 @@ def test_the_clip_score_of_a_folder_is_that_of_its_pictures_and_prompts(tmp_path
     ones, twos = (apart[0, 2] + apart[0, 5] + apart[2, 5]) / 3, apart[1, 4]
     assert row["diversity(cosine)"] == pytest.approx(float(ones + twos) / 2, rel=1e-5)
     assert "FD" not in row and row["prompts_sha256"]
+    ones = [float(value) for value, prompt in zip(alone.cosines, told) if prompt == told[0]]
+    assert set(row["by_prompt"]) == {alone.name, alone.cosine_name}
+    assert row["by_prompt"][alone.cosine_name][told[0]] == pytest.approx(sum(ones) / 3, rel=1e-5)
+
+
+def test_prompts_are_needed_for_scores_by_prompt(tmp_path, capsys):
+    folder = digits_like(tmp_path / "images", 4)
+    assert "--by-prompt needs" in refused(
+        [folder, "--extractor", "digits", "--reference", folder, "--by-prompt"], tmp_path, capsys
+    )
 
 
 def test_scores_of_clip_are_refused_elsewhere(tmp_path, capsys):

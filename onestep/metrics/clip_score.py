@@ -56,9 +56,13 @@ class ClipScore:
 
     def compute(self) -> dict[str, float]:
         """Score and mean cosine by name. Raises ValueError where there was no image."""
-        if not len(found := self.cosines):
+        if not len(self.cosines):
             raise ValueError("a CLIP score needs at least 1 image, and there is none; name a folder with images")
-        return {self.name: float(self.scale * found.clamp(min=0).mean()), self.cosine_name: float(found.mean())}
+        return {name: float(each.mean()) for name, each in self.each().items()}
+
+    def each(self) -> dict[str, Tensor]:
+        """Score and cosine of every image by name, float64 (N,)."""
+        return {self.name: self.scale * self.cosines.clamp(min=0), self.cosine_name: self.cosines}
 
 
 def cosines(images: Tensor, texts: Tensor) -> Tensor:

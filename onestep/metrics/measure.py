@@ -22,6 +22,7 @@ from .images import fitted
 from .inception_score import inception_score
 from .kernel import cmmd, kid
 from .manifold import manifold
+from .retrieval import ranks, retrieval
 
 Picture = Callable[[], np.ndarray]
 """An image when it is needed: uint8 (H, W, 3)."""
@@ -45,11 +46,15 @@ class Measured:
     """The prompts that were asked for, N of them."""
 
 
+Scores = dict[str, float | Tensor]
+"""Scores by their names: a number, or what is to be averaged, one an image, float64 (N,)."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """`compute` takes what was measured of the real and of the generated images, and the extractor that saw them."""
 
-    compute: Callable[[Any, Any, Extractor], dict[str, float]]
+    compute: Callable[[Any, Any, Extractor], Scores]
     pooled: bool = False
     spatial: bool = False
     logits: bool = False
@@ -57,15 +62,15 @@ class Metric:
     """Whether the real images are needed."""
 
 
-def _fd(real: Measured, fake: Measured, extractor: Extractor) -> dict[str, float]:
+def _fd(real: Measured, fake: Measured, extractor: Extractor) -> Scores:
     return {extractor.metric: frechet_distance(fake.moments, real.moments)}
 
 
-def _sfid(real: Any, fake: Any, extractor: Extractor) -> dict[str, float]:
+def _sfid(real: Any, fake: Any, extractor: Extractor) -> Scores:
     return {"sFID" if extractor.metric == "FID" else "sFD": frechet_distance(fake.spatial, real.spatial)}
 
 
-def _kid(real: Any, fake: Any, extractor: Extractor) -> dict[str, float]:
+def _kid(real: Any, fake: Any, extractor: Extractor) -> Scores:
     # as many as there are where a subset of 1,000 cannot be had
     size = min(1000, len(real.pooled), len(fake.pooled))
     mean, std = kid(real.pooled, fake.pooled, subset_size=size)
@@ -73,26 +78,26 @@ def _kid(real: Any, fake: Any, extractor: Extractor) -> dict[str, float]:
     return {short: mean, f"{short}_std": std, **({f"{short}_subset": size} if size < 1000 else {})}
 
 
-def _cmmd(real: Any, fake: Any, extractor: Extractor) -> dict[str, float]:
+def _cmmd(real: Any, fake: Any, extractor: Extractor) -> Scores:
     _clip_of(extractor, "cmmd")
     unit = torch.nn.functional.normalize  # as the paper's code has CLIP's embeddings
     return {"CMMD": cmmd(unit(real.pooled.double()), unit(fake.pooled.double()))}
 
 
-def _is(real: Any, fake: Any, extractor: Extractor) -> dict[str, float]:
+def _is(real: Any, fake: Any, extractor: Extractor) -> Scores:
     # files of a folder may come class by class, and a split is to be a sample of all
     order = torch.randperm(len(fake.logits), generator=torch.Generator().manual_seed(0))
     mean, std = inception_score(fake.logits[order])
     return {"IS": mean, "IS_std": std}
 
 
-def _accuracy(real: Any, fake: Measured, extractor: Extractor) -> dict[str, float]:
+def _accuracy(real: Any, fake: Measured, extractor: Extractor) -> Scores:
     if fake.labels is None or fake.logits is None:
         raise ValueError("class-accuracy needs an export that makes classes: leave it out of --metrics")
-    return {"class_accuracy": int((fake.logits.argmax(1) == fake.labels).sum()) / len(fake.labels)}
+    return {"class_accuracy": (fake.logits.argmax(1) == fake.labels).double()}
 
 
-def _manifold(real: Any, fake: Any, extractor: Extractor) -> dict[str, float]:
+def _manifold(real: Any, fake: Any, extractor: Extractor) -> Scores:
     return asdict(manifold(real.pooled, fake.pooled))
 
 
@@ -105,17 +110,25 @@ def _clip_of(extractor: Extractor, metric: str) -> ClipModel:
     return extractor.clip
 
 
-def _clip_score(real: Any, fake: Measured, extractor: Extractor) -> dict[str, float]:
+def _clip_score(real: Any, fake: Measured, extractor: Extractor) -> Scores:
     clip = _clip_of(extractor, "clip-score")
     if fake.prompts is None or fake.pooled is None:
         raise ValueError("clip-score needs the prompt of each image: type --prompts FILE, or leave it out of --metrics")
     score = ClipScore(clip)
     for start in range(0, len(fake.prompts), 256):
         score.add(fake.pooled[start : start + 256], clip.texts(fake.prompts[start : start + 256]))
-    return score.compute()
+    return {**score.each()}
 
 
-def _diversity(real: Any, fake: Measured, extractor: Extractor) -> dict[str, float]:
+def _retrieval(real: Measured, fake: Measured, extractor: Extractor) -> Scores:
+    if fake.prompts is None or fake.pooled is None or real.prompts is None or real.pooled is None:
+        raise ValueError(
+            "retrieval needs the prompts of images and real pictures, which emoji-2k has: leave it out of --metrics"
+        )
+    return {**retrieval(ranks(fake.pooled, real.pooled, fake.prompts, real.prompts))}
+
+
+def _diversity(real: Any, fake: Measured, extractor: Extractor) -> Scores:
     groups = fake.prompts if fake.labels is None else fake.labels.tolist()
     if groups is None or fake.pooled is None:
         raise ValueError("diversity needs the class or the prompt of each image: leave it out of --metrics")
@@ -131,10 +144,13 @@ METRICS: dict[str, Metric] = {
     "cmmd": Metric(_cmmd, pooled=True),
     "class-accuracy": Metric(_accuracy, logits=True, reference=False),
     "clip-score": Metric(_clip_score, pooled=True, reference=False),
+    "retrieval": Metric(_retrieval, pooled=True),
     "diversity": Metric(_diversity, pooled=True, reference=False),
 }
 """FD is called FID in clean-fid's Inception-v3 alone, and so sFID and KID, which are sFD and KD elsewhere."""
-MEANS = ("class_accuracy", "CLIPScore(", "cosine(", "diversity(", "HPSv2 (", "aesthetic (", "ImageReward (")
+SINGLE = ("clip-score", "retrieval")
+"""Those that are one an image and say something of its prompt."""
+MEANS = ("class_accuracy", "CLIPScore(", "cosine(", "retrieval@", "diversity(", "HPSv2 (", "aesthetic (", "ImageReward (")
 """How the names of means begin, which few images make noisy but do not bias."""
 
 
@@ -244,11 +260,9 @@ def _stacked(images: list[Tensor]) -> Tensor:
     return torch.stack(images)
 
 
-def scores(
-    real: Measured | None, fake: Measured, metrics: Sequence[str], extractor: Extractor, reference: str
-) -> dict[str, float]:
+def scores(real: Measured | None, fake: Measured, metrics: Sequence[str], extractor: Extractor, reference: str) -> Scores:
     """All metrics by their names. Raises ValueError for what `reference` does not hold, and what a metric lacks."""
-    found: dict[str, float] = {}
+    found: Scores = {}
     for name in metrics:
         metric = METRICS[name]
         if metric.reference and (real is None or (metric.pooled and real.pooled is None)):
@@ -259,3 +273,20 @@ def scores(
             raise ValueError(f"{name} needs spatial statistics, and {reference} has none: build it with --spatial")
         found |= metric.compute(real, fake, extractor)
     return found
+
+
+def means(found: Scores) -> dict[str, float]:
+    """Scores that are one an image as their means, the others as they are."""
+    return {name: float(each.mean()) if isinstance(each, Tensor) else each for name, each in found.items()}
+
+
+def by_prompt(found: Scores, prompts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """{score: {prompt: its mean over the prompt's images}} for those of `scores` that are one an image."""
+    members: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        members.setdefault(prompt, []).append(index)
+    return {
+        name: {prompt: float(each[rows].mean()) for prompt, rows in members.items()}
+        for name, each in found.items()
+        if isinstance(each, Tensor)
+    }

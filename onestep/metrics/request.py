@@ -31,6 +31,8 @@ class Request:
     guidance: float = 1.0
     classes: int | None = None
     prompts: Path | None = None
+    by_prompt: bool = False
+    """Whether the row keeps scores that are one an image as their means over each prompt's images."""
     save: Path | None = None
     batch_size: int = 64
     workers: int = 1
@@ -58,7 +60,7 @@ def resolved(r: Request) -> Request:
     return replace(
         r,
         extractor=p.extractor,
-        metrics=r.metrics or p.metrics,
+        metrics=r.metrics or tuple(name for name in p.metrics if exported or r.prompts or name != "retrieval"),
         size=p.size,
         classes=p.classes or None,
         repeats=(r.repeats or p.repeats) if exported else 1,

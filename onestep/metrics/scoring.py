@@ -12,7 +12,7 @@ import torch
 from ..files import sha256_of
 from .extractor import Extractor, load_extractor
 from .images import files_of
-from .measure import MEANS, METRICS, Measured, Pictures, measure, scores
+from .measure import MEANS, METRICS, SINGLE, Measured, Pictures, by_prompt, means, measure, scores
 from .pictures import Rendered
 from .preference import Judged, Scorer, scorers_of
 from .prompts import captioned
@@ -38,6 +38,8 @@ def evaluate_any(request: Request) -> dict[str, Any]:
     metrics = r.metrics or ("fd",)
     exported = (r.what / "model_index.json").is_file()
     source = Export(r) if exported else None
+    if r.by_prompt and not (set(metrics) & set(SINGLE) and (r.prompts or (source and source.prompts))):
+        raise ValueError(f"--by-prompt needs images of prompts, and --metrics with {' or '.join(SINGLE)}: leave it out")
     scorers = scorers_of(r.preference, r.device) if r.preference else []
     real = _reference(r, extractor, metrics)
     runs = [_run(r, source, extractor, metrics, scorers, real, repeat) for repeat in range(r.repeats or 1)]
@@ -87,7 +89,8 @@ def _own(protocol: Protocol, device: str) -> Reference:
 
 
 def _embedded(name: str, extractor: Extractor, r: Request) -> Reference:
-    shown = [partial(np.asarray, image) for image in captioned(name)[0]]
+    pictures, captions = captioned(name)
+    shown = [partial(np.asarray, image) for image in pictures]
     # "kid" for their features: few images, for which all metrics may ask
     real = measure(len(shown), lambda part: [shown[i] for i in part], extractor, ("kid",), r.batch_size, r.size, r.workers)
     file = ASSETS / f"{name}_data" / "images.webp"
@@ -96,7 +99,7 @@ def _embedded(name: str, extractor: Extractor, r: Request) -> Reference:
         "reference_sha256": sha256_of(file),
         "reference_count": len(shown),
     }
-    return Reference(real, details, ("PNG",))
+    return Reference(replace(real, prompts=captions), details, ("PNG",))
 
 
 def _run(
@@ -132,7 +135,10 @@ def _run(
         measured = measure(count, judged(images, prompts), extractor, metrics, r.batch_size, r.size, r.workers)
         asked = {"prompts": prompts} if source.prompts else {"labels": torch.tensor(source.conditions)}
         measured = replace(measured, **asked)
-    found = scores(None if real is None else real.measured, measured, metrics, extractor, str(r.reference))
+    single = scores(None if real is None else real.measured, measured, metrics, extractor, str(r.reference))
+    if r.by_prompt and measured.prompts:
+        made = made | {"by_prompt": by_prompt(single, measured.prompts)}
+    found = means(single)
     for judge in judges:
         found |= judge.means()
     return _named(found, made["count"], r.protocol), made
