@@ -2,6 +2,7 @@
 
 import ast
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from onestep.prediction import PREDICTIONS
 from onestep.rng import Rng
 from onestep.schedule import VP
 from onestep.teacher import Copies, DiTTeacher, EDMTeacher, Facts, Teacher, family_named, load_teacher
+from onestep.train import main as train
 from onestep.trajectory import Grid, jump
 
 ROOT = Path(__file__).parents[1]
@@ -371,6 +373,40 @@ def test_the_loss_falls_and_is_the_mean_square_of_raw_outputs(tmp_path: Path) ->
 def test_what_cannot_be_is_said(make: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         AGD.student(AGD.Config(**options), make(), 2)
+
+
+@pytest.mark.parametrize(
+    "make", [*(partial(teacher_of, each) for each in FAMILIES), lambda: EDMTeacher(edm_pipeline(), Facts("x"))]
+)
+def test_teachers_say_whether_they_can_be_guided(make: Any) -> None:
+    teacher = make()
+    assert teacher.unconditional == (teacher.encode(torch.zeros(1, dtype=torch.long))[1] is not None)
+
+
+def test_a_run_with_prompts_and_its_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "eval"))
+    import agd as script
+
+    (tmp_path / "prompts.txt").write_text("a cat\ntwo dogs\n")
+    PIPELINES["sd15"]().save_pretrained(tmp_path / "sd")
+    small = ["--trajectories", "2", "--trajectory-steps", "2", "--trajectory-points", "2", "--batch-size", "2"]
+    given = [
+        "--method",
+        "agd",
+        "--teacher",
+        str(tmp_path / "sd"),
+        "--data",
+        str(tmp_path / "prompts.txt"),
+        "--device",
+        "cpu",
+    ]
+    run = [*given, *small, "--iterations", "2", "--warmup", "1", "--student-steps", "2", "--guidance", "2"]
+    assert train([*run, "--output", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]) == 0
+    argv = [str(tmp_path / "run" / "export"), "--output", str(tmp_path / "rows.jsonl")]
+    assert script.main([*argv, "--protocol", "fashion-10k"]) == 2
+    assert "fashion-10k is not for a StableDiffusionPipeline" in capsys.readouterr().err
 
 
 def test_recomputed_activations_are_refused() -> None:

@@ -41,7 +41,7 @@ def evaluate_any(request: Request) -> dict[str, Any]:
     if r.by_prompt and not (set(metrics) & set(SINGLE) and (r.prompts or (source and source.prompts))):
         raise ValueError(f"--by-prompt needs images of prompts, and --metrics with {' or '.join(SINGLE)}: leave it out")
     scorers = scorers_of(r.preference, r.device) if r.preference else []
-    real = _reference(r, extractor, metrics)
+    real = reference_of(r, extractor, metrics)
     runs = [_run(r, source, extractor, metrics, scorers, real, repeat) for repeat in range(r.repeats or 1)]
     fd = [name for name in runs[0][0] if name in (extractor.metric, f"{extractor.metric}_proxy")]
     found, made = min(runs, key=lambda run: run[0][fd[0]] if fd else 0.0)
@@ -62,7 +62,7 @@ def evaluate_any(request: Request) -> dict[str, Any]:
     }
 
 
-def _reference(r: Request, extractor: Extractor, metrics: Sequence[str]) -> Reference | None:
+def reference_of(r: Request, extractor: Extractor, metrics: Sequence[str]) -> Reference | None:
     if isinstance(r.protocol, Protocol):
         return _own(r.protocol, r.device)
     if isinstance(r.protocol, Published) and r.protocol.embedded:
@@ -141,10 +141,10 @@ def _run(
     found = means(single)
     for judge in judges:
         found |= judge.means()
-    return _named(found, made["count"], r.protocol), made
+    return named(found, made["count"], r.protocol), made
 
 
-def _named(found: dict[str, float], count: int, protocol: Protocol | Published | None) -> dict[str, float]:
+def named(found: dict[str, float], count: int, protocol: Protocol | Published | None) -> dict[str, float]:
     """Proxies called so, with a warning. Raises ValueError for more images than the protocol has."""
     whole = ENOUGH if protocol is None else protocol.count
     if protocol is not None and count > whole:

@@ -44,7 +44,7 @@ class AGD(Objective):
 
         Raises ValueError for a teacher that cannot be guided, or has no place for adapters.
         """
-        if teacher.encode(torch.zeros(1, dtype=torch.long, device=teacher.device))[1] is None:
+        if not teacher.unconditional:
             raise ValueError("agd needs an unconditional branch, which this teacher lacks: type another --teacher")
         if teacher.copies.checkpointing:
             raise ValueError("blocks that are recomputed do not see agd's adapters: leave --gradient-checkpointing out")

@@ -28,8 +28,7 @@ class LCM(CD):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        none = self.teacher.encode(torch.zeros(1, dtype=torch.long, device=self.teacher.device))[1] is None
-        if none and self.config.guidance_max:
+        if self.config.guidance_max and not self.teacher.unconditional:
             raise ValueError("this teacher has no unconditional branch; leave --guidance-min and --guidance-max out")
 
     @classmethod

@@ -46,6 +46,8 @@ class Teacher(ABC):
     seeded_chain: ClassVar[bool]
     """Whether the stock pipeline draws a chain's later noises, like the first, from the generators it is given."""
 
+    unconditional: ClassVar[bool] = True
+    """Whether it has an unconditional branch, which guidance takes: the second that `encode` returns is then not None."""
     any_resolution: ClassVar[bool] = False
     """Whether its pictures may have another side than the native one."""
     load_arguments: ClassVar[dict[str, Any]] = {}

@@ -17,6 +17,7 @@ class PixelTeacher(Teacher):
     network_name = "unet"
     seeded_chain = True
     pixels_per_cell = 1
+    unconditional = False
 
     @property
     def native_resolution(self) -> int:
