@@ -76,7 +76,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError("--precision-recall compares with the images of a protocol: leave --reference out")
         return against(args, device)
     if args.trust_remote_code:
-        raise ValueError("--trust-remote-code needs --reference: the embedded protocol scores stock exports alone")
+        raise ValueError(
+            "--trust-remote-code needs --reference, for this scores stock exports alone: use python -m onestep.evaluate"
+        )
     return evaluate(
         args.export,
         protocol_of(args.protocol or "fashion-10k"),

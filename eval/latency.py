@@ -43,6 +43,8 @@ def run(args: Namespace) -> dict[str, Any]:
     device = device_of(args.device)
     pipe = load_pipeline(args.export, device, DTYPES[args.dtype], trust_remote_code=args.trust_remote_code)
     weights = args.export / family_of(pipe).network
+    if not weights.is_dir():
+        raise ValueError(f"{args.export} holds several networks: name one of its students, such as {args.export}/student-0")
     parameters = sum(each.numel() for each in getattr(pipe, weights.name).parameters())
     options = {"warmup": args.warmup, "calls": args.calls, "largest": args.largest_batch, "prompt": args.prompt}
     return {

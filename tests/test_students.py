@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 import signal
 import sys
 import time
@@ -27,6 +28,8 @@ from onestep.data import Data
 from onestep.data.shards import Shards
 from onestep.exporting import export
 from onestep.generator import Generator, steps_from
+from onestep.metrics.provenance import generation
+from onestep.metrics.render import load_pipeline, render
 from onestep.multi_student import Part, assemble, side_by_side
 from onestep.objectives import objective_class
 from onestep.objectives.base import Batch
@@ -630,6 +633,33 @@ def test_each_class_is_made_by_its_student_alone_and_order_is_kept(make: Any, tm
         pipe(class_labels=1, generator=sources(2))
     with pytest.raises(ValueError, match="copy that folder"):
         pipe.save_pretrained(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("texts", [None, TEXTS])
+def test_all_students_are_scored_as_one(texts: list[str] | None, tmp_path: Path) -> None:
+    run, _ = students_of(PIPELINES["sd15"]() if texts else dit_pipeline(), tmp_path, 2, texts)
+    assemble(run)
+    with pytest.raises(ValueError, match="its own multi_student.py: read it, and type --trust-remote-code"):
+        load_pipeline(run / "export")
+    pipe = load_pipeline(run / "export", trust_remote_code=True)
+    assert sorted(pipe.loaded) == [0, 1]
+    asked: list[Any] = texts[:3] if texts else [9, 0, 4]
+    images = torch.cat(list(render(pipe, asked, range(3), 1, 1.0, batch_size=2, quiet=True)))
+    given: Any = {"prompt": asked} if texts else {"class_labels": asked}
+    want = pipe(**given, generator=sources(3), output_type="np").images
+    torch.testing.assert_close(images, torch.from_numpy(want).permute(0, 3, 1, 2), atol=1e-5, rtol=0)
+    for steps, guidance, said in (
+        (2, 1.0, "--steps 2 is not possible for several"),
+        (1, 2.0, "--guidance 2.0 is not possible"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            list(render(pipe, asked, range(3), steps, guidance, batch_size=3, quiet=True))
+    row = generation(pipe, run / "export", 3, 0, 1, 1.0)
+    assert row["pipeline"] == "MultiStudentPipeline" and row["passes_per_image"] == 1
+    other = run / "export/student-1" / ("unet" if texts else "transformer")
+    shutil.copytree(run / "export", tmp_path / "changed")
+    (tmp_path / "changed" / other.relative_to(run / "export") / "more.safetensors").write_bytes(b"")
+    assert generation(pipe, tmp_path / "changed", 3, 0, 1, 1.0)["weights_sha256"] != row["weights_sha256"]
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "pixart-sigma"])  # tokens, pooled, masked

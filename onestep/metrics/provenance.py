@@ -13,14 +13,14 @@ from ..files import sha256_of
 from .render import family_of
 
 
-def sha256_of_weights(folder: str | Path) -> str:
+def sha256_of_weights(folder: str | Path, network: str = "") -> str:
     """Hex digest over the names and contents of the *.safetensors in a network's folder, in the order of their names.
 
-    Raises ValueError where there are none.
+    `network` is the path of that folder in `folder`, or a pattern for several. Raises ValueError where there are none.
     """
-    files = sorted(Path(folder).glob("*.safetensors"), key=lambda file: file.name)
+    files = sorted(Path(folder).glob(f"{network}/*.safetensors" if network else "*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} holds no *.safetensors: export the folder again")
+        raise ValueError(f"{folder}/{network} holds no *.safetensors: export the folder again")
     return hashlib.sha256("".join(f"{file.name} {sha256_of(file)}\n" for file in files).encode()).hexdigest()
 
 
@@ -48,8 +48,8 @@ def generation(pipe: Any, folder: str | Path, count: int, first_seed: int, steps
     return {
         "export": Path(folder).as_posix(),
         "pipeline": type(pipe).__name__,
-        "scheduler": type(pipe.scheduler).__name__,
-        "weights_sha256": sha256_of_weights(Path(folder) / family.network),
+        "scheduler": type(getattr(pipe, "scheduler", None) or pipe.student(0).scheduler).__name__,
+        "weights_sha256": sha256_of_weights(folder, family.network),
         "count": count,
         "seeds": [first_seed, first_seed + count - 1],
         "steps": steps,

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -117,8 +117,41 @@ def _family_named(name: Any) -> Family:
 
 
 def family_of(pipe: Any) -> Family:
-    """The table's entry for a pipeline. Raises ValueError for a class that is not in it."""
-    return _family_named(type(pipe).__name__)
+    """The table's entry for a pipeline. Raises ValueError for a class that is not in it.
+
+    Of several students it is that of the first one, sampled by the pipeline that sends each condition to its own.
+    """
+    if type(pipe).__name__ != SEVERAL:
+        return _family_named(type(pipe).__name__)
+    one = pipe.student(0)
+    family = family_of(one)
+    return replace(
+        family,
+        sample=_prompted_students if family.prompts else _students,
+        network=f"student-*/{family.network}",
+        guided=False,
+        classes=lambda pipe: family.classes(one),
+    )
+
+
+def _students(pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
+    return _by_students(pipe, steps, class_labels=labels, generator=generators)
+
+
+def _prompted_students(
+    pipe: Any, prompts: list[str], generators: list[torch.Generator], steps: int, guidance: float
+) -> Tensor:
+    return _by_students(pipe, steps, prompt=prompts, generator=generators)
+
+
+def _by_students(pipe: Any, steps: int, **arguments: Any) -> Tensor:
+    if steps != 1:  # the noises between the steps would not come from the generators
+        raise ValueError(f"--steps {steps} is not possible for several students, which are sampled in 1: leave it out")
+    return _called(pipe, **arguments)
+
+
+SEVERAL = "MultiStudentPipeline"
+"""Of onestep/pipelines/multi_student.py, which an export brings along."""
 
 
 def load_pipeline(
@@ -137,9 +170,16 @@ def load_pipeline(
     if not index.is_file():
         raise ValueError(f"{folder} is not an exported folder: it has no model_index.json; name a diffusers folder")
     try:
-        _family_named(json.loads(index.read_text(encoding="utf-8")).get("_class_name"))
+        name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged ({error}): export the folder again") from error
+    own = {}
+    if isinstance(name, list) and len(name) == 2 and name[1] == SEVERAL:
+        if not trust_remote_code:
+            raise ValueError(f"{folder} is sampled by its own {name[0]}.py: read it, and type --trust-remote-code to run it")
+        own = {"custom_pipeline": name[0]}
+    else:
+        _family_named(name if isinstance(name, str) else str(name))
     from diffusers import DiffusionPipeline
     from transformers.utils import logging
 
@@ -148,13 +188,17 @@ def load_pipeline(
     try:
         with quiet():
             pipe = DiffusionPipeline.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code
+                str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code, **own
             )
     except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError, RuntimeError and more here
         raise ValueError(f"{folder} could not be loaded: {error}. Export the folder again") from error
     finally:
         if bars:
             logging.enable_progress_bar()
+    if own:
+        with quiet():  # all of them now, and not in the middle of the first images
+            for number in range(pipe.config.students):
+                pipe.student(number)
     pipe.set_progress_bar_config(disable=True)
     if "safety_checker" in pipe.components:  # it would have some of the images scored as black ones
         pipe.safety_checker = None
