@@ -72,9 +72,11 @@ def _lines(sources: Sequence[Source]) -> Iterator[Scored]:
             if numbers:
                 options = row.get("options")
                 detail = [f"{key} {value}" for key, value in options.items()] if isinstance(options, dict) else []
-                if source.folder.suffix == ".jsonl":
+                own = row.get("name") if source.folder.suffix == ".jsonl" else None  # rows of eval/zoo.py say whose they are
+                if source.folder.suffix == ".jsonl" and not own:
                     detail.append(str(row.get("export") or row.get("images") or ""))
-                yield Scored(index, source.name, ", ".join(filter(None, detail)), row, numbers)
+                name = f"{own}, seed {row.get('seed')}" if own else source.name
+                yield Scored(index, name, ", ".join(filter(None, detail)), row, numbers)
 
 
 def scores(row: Row) -> dict[str, Number]:

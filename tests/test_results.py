@@ -1,0 +1,40 @@
+"""The numbers of eval/RESULTS.md are those that the report shows of the rows in eval/rows/."""
+
+from pathlib import Path
+
+import pytest
+
+from onestep.reporting.sources import read
+from onestep.reporting.tables import tables
+
+ROOT = Path(__file__).parents[1]
+RESULTS = (ROOT / "eval" / "RESULTS.md").read_text()
+LINES = [[cell.strip() for cell in line.strip("|").split("|")] for line in RESULTS.splitlines() if line.startswith("|")]
+SCORES = ("FD", "precision", "recall", "density", "coverage", "class_accuracy")
+
+
+@pytest.mark.parametrize("name", ["fashion", "digits"])
+def test_every_row_is_a_line_of_the_results(name: str) -> None:
+    path = ROOT / "eval" / "rows" / f"{name}.jsonl"
+    shown = [line for table in tables(read([path])) for line in table.rows]
+    assert len(shown) == len(path.read_text().splitlines())
+    for line in shown:
+        method, texts = str(line.row["name"]), [line.numbers[score].text for score in SCORES]
+        same = [
+            cells for cells in LINES if cells[0] == method and cells[2] == str(line.row["steps"]) and cells[3] == texts[0]
+        ]
+        assert any([cells[3], *cells[5:10]] == texts and cells[12] == str(line.row["iterations"]) for cells in same), (
+            f"{line.name} with {line.row['steps']} steps: no line with {texts}"
+        )
+
+
+def test_means_over_seeds_are_those_of_the_results() -> None:
+    path = ROOT / "eval" / "rows" / "digits_seeds.jsonl"
+    lines = {(cells[0], cells[1]): cells for cells in LINES if len(cells) == 9 and cells[2] == "3"}
+    for table in tables(read([path])):
+        assert len(table.seeds) == 3 * len({line.row["name"] for line in table.rows})
+        for name, seeds, texts in table.seeds:
+            method, _, steps = name.partition(", steps ")
+            line = lines[method, steps]
+            assert seeds == "0, 1, 2"
+            assert [line[3], line[5], line[6]] == [texts[score] for score in ("FD", "precision", "recall")]
