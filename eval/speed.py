@@ -162,6 +162,27 @@ def measure(trainer: Trainer, cycles: int, warmup: int = 2) -> dict[str, Any]:
     }
 
 
+def against(trainer: Trainer, other: Trainer, cycles: int, warmup: int = 2) -> dict[str, Any]:
+    """Time of `other`'s updates over that of `trainer`'s, the median and quartiles of cycles that take turns."""
+    clock, both = clock_of(trainer.accelerator.device), [(each, Cycle.of(each)) for each in (trainer, other)]
+
+    def times() -> list[list[float]]:
+        return [np.sum([clock(update(each, step)) for step in steps(cycle)], axis=0).tolist() for each, cycle in both]
+
+    def steps(cycle: Cycle) -> range:
+        return range(cycle.start, cycle.start + len(cycle.bare))
+
+    def update(each: Trainer, step: int) -> Callable[[], None]:
+        each.step = step
+        return each.update
+
+    found = np.array([times() for _ in range(warmup + cycles)][warmup:])
+    ratios = np.quantile(found[:, 1] / found[:, 0], [0.25, 0.5, 0.75], axis=0).T.tolist()
+    return {f"against_{name}": each[1] for name, each in zip(NAMES, ratios)} | {
+        f"against_{name}_quartiles": [each[0], each[2]] for name, each in zip(NAMES, ratios)
+    }
+
+
 def table(row: dict[str, Any]) -> str:
     lines = [f"{row['method']} on {row['teacher']}, batch {row['batch_size']}, {row['updates_in_cycle']} updates a cycle"]
     for each in row["passes"]:
@@ -170,7 +191,7 @@ def table(row: dict[str, Any]) -> str:
     lines.append(
         f"  step {1000 * row['step_s']:.1f} ms, bare {1000 * row['bare_s']:.1f} ms, {row['images_per_s']:.1f} images/s"
     )
-    for name in (name for name in NAMES if name in row):
+    for name in (f"{kind}{name}" for kind in ("", "against_") for name in NAMES if f"{kind}{name}" in row):
         low, high = row[f"{name}_quartiles"]
         lines.append(f"  {name} {row[name]:.3f} ({low:.3f} to {high:.3f} in half of {row['cycles']} cycles)")
     mib = [row[name] / 2**20 for name in ("peak_bytes", "needed_bytes")]
@@ -183,9 +204,19 @@ def parse(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("--methods", default=METHODS, help="separated by commas (default: %(default)s)")
     parser.add_argument("--teacher", default="fashion", help="as for onestep.train (default: %(default)s)")
     parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="options of training, as in a recipe")
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="OPTION=VALUE", help="time a step with these too, over one without them"
+    )
     parser.add_argument("--cycles", type=int, default=20, help="that are timed (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("eval/speed.jsonl"), help="default: %(default)s")
     return parser.parse_args(argv)
+
+
+def given(flag: str, pairs: Sequence[str]) -> dict[str, Any]:
+    """The values of OPTION=VALUE. Raises ValueError for one without a value."""
+    if bad := [each for each in pairs if "=" not in each]:
+        raise ValueError(f"{flag} {bad[0]} gives no value; type for example {flag} batch_size=8")
+    return {name: yaml.safe_load(value) for name, value in (each.split("=", 1) for each in pairs)}
 
 
 def run(args: Namespace) -> None:
@@ -193,13 +224,14 @@ def run(args: Namespace) -> None:
     check_output(args.output)
     if args.cycles < 1:
         raise ValueError(f"--cycles {args.cycles} is not allowed; type --cycles 1 or more")
-    if bad := [each for each in args.set if "=" not in each]:
-        raise ValueError(f"--set {bad[0]} gives no value; type for example --set batch_size=8")
-    options = {name: yaml.safe_load(value) for name, value in (each.split("=", 1) for each in args.set)}
+    options, other = given("--set", args.set), given("--against", args.against)
     for method in args.methods.split(","):
         with tempfile.TemporaryDirectory() as folder:
             trainer = trainer_of(method, args.teacher, options, Path(folder) / "run")
             row = {"method": method, "teacher": args.teacher, "options": options, **measure(trainer, args.cycles)}
+            if other:
+                changed = trainer_of(method, args.teacher, options | other, Path(folder) / "other")
+                row |= {"against": other, **against(trainer, changed, args.cycles)}
         row |= provenance(trainer.accelerator.device)
         print(table(row), flush=True)
         append(row, args.output)
