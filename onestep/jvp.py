@@ -23,8 +23,13 @@ STEP = 5e-4
 """h of the finite difference: in float32 its two errors, h^2 / 6 and 1e-7 / h of a value, are about equal here."""
 
 
-def forward(function: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
-    """Exact, in one pass. Raises ValueError where an operation of the network has no forward derivative."""
+def forward(
+    function: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor], step: float | None = None
+) -> Tensor:
+    """Exact, in one pass; `step` is for the difference alone.
+
+    Raises ValueError where an operation of the network has no forward derivative.
+    """
     try:
         # fused attention has no forward derivative
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
@@ -40,18 +45,28 @@ def forward(function: Callable[..., Tensor], at: Sequence[Tensor], along: Sequen
     return torch.zeros_like(value) if slope is None else slope
 
 
-def difference(function: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor]) -> Tensor:
-    """(f(x + h dx) - f(x - h dx)) / 2h in two passes, which also run without autocast: half precision drowns it."""
+def difference(
+    function: Callable[..., Tensor], at: Sequence[Tensor], along: Sequence[Tensor], step: float | None = None
+) -> Tensor:
+    """(f(x + h dx) - f(x - h dx)) / 2h in two passes, which also run without autocast: half precision drowns it.
+
+    `step` is h, `STEP` unless it is given. A larger one is the mean of the derivative over [-h, h]: what a network has of
+    finer structure than that in its time embedding is averaged out.
+    """
+    size = STEP if step is None else step
     with torch.no_grad(), torch.autocast(at[0].device.type, enabled=False):
-        ahead, behind = (function(*(x + h * dx for x, dx in zip(at, along))) for h in (STEP, -STEP))
-    return (ahead - behind) / (2 * STEP)
+        ahead, behind = (function(*(x + h * dx for x, dx in zip(at, along))) for h in (size, -size))
+    return (ahead - behind) / (2 * size)
 
 
-JVP: dict[str, Callable[[Callable[..., Tensor], Sequence[Tensor], Sequence[Tensor]], Tensor]] = {
+JVP: dict[str, Callable[..., Tensor]] = {
     "forward": forward,
     "difference": difference,
 }
-"""Ways to have the derivative of function(*at) along `along`, without a graph, by the names that `--jvp` takes."""
+"""Ways to have the derivative of function(*at) along `along`, without a graph, by the names that `--jvp` takes.
+
+Called with (function, at, along, step).
+"""
 
 
 def bare(denoiser: Denoiser) -> Denoiser:

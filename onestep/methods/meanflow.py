@@ -29,6 +29,7 @@ class MeanFlowConfig(MethodConfig):
     jvp: str = option(
         "forward", "derivative of the student; difference: two passes for one", choices=("forward", "difference")
     )
+    jvp_step: float = option(5e-4, "h of the difference, in ln(sigma / alpha); 0.05 smooths time embeddings", above=0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

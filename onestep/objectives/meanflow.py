@@ -96,7 +96,10 @@ class MeanFlow(Objective):
         student, rate = bare(self.generator.denoiser), t * (1 - t)
         return (
             JVP[self.config.jvp](
-                lambda x, log_q: self.flow.velocity(student, x, log_q, cond), (x, log_q), (rate * v, torch.ones_like(log_q))
+                lambda x, log_q: self.flow.velocity(student, x, log_q, cond),
+                (x, log_q),
+                (rate * v, torch.ones_like(log_q)),
+                self.config.jvp_step,
             )
             / rate
         )

@@ -78,7 +78,10 @@ class SCM(Objective):
         """
         student = bare(self.generator.denoiser)
         return JVP[self.config.jvp](
-            lambda x, log_q: self.flow.velocity(student, x, log_q, cond), (x, log_q), (along, torch.ones_like(log_q))
+            lambda x, log_q: self.flow.velocity(student, x, log_q, cond),
+            (x, log_q),
+            (along, torch.ones_like(log_q)),
+            self.config.jvp_step,
         )
 
 
