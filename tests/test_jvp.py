@@ -318,3 +318,23 @@ def test_the_level_of_a_time(schedule):
     law = LogNoise(schedule)
     assert law.level(schedule.at_rho(5.0)) == pytest.approx(math.log(5), abs=0.01)  # of the nearest index
     assert law.level(schedule.grid(1)[0]) == pytest.approx(law.high, abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [1.0, 40.0, math.pi / 0.05])
+def test_a_larger_step_averages_finer_structure_out(k: float) -> None:
+    """(sin k(x + h) - sin k(x - h)) / 2h = cos(kx) sin(kh) / h: the derivative times sinc(kh), which is 0 for kh = pi."""
+    x = torch.linspace(0, 3, 7, dtype=torch.float64)
+    found = difference(lambda x: (k * x).sin(), (x,), (torch.ones_like(x),), 0.05)
+    torch.testing.assert_close(found, (k * x).cos() * math.sin(0.05 * k) / 0.05, atol=1e-12, rtol=0)
+    assert bool((found.abs() < 1e-10).all()) == (k > 50)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_pass_their_step_on(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[Any] = []
+    monkeypatch.setitem(JVP, "difference", lambda f, at, along, step: steps.append(step) or difference(f, at, along, step))
+    teacher = dit()
+    for options in ({}, {"jvp_step": 0.05}):
+        made = objective(objective_class(method), teacher, jvp="difference", **options)
+        play(made, 0, batch(teacher))
+    assert steps == [jvp.STEP, 0.05]
