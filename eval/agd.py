@@ -25,13 +25,13 @@ from fid import Parser, append, check_output, device_of
 from onestep.metrics.extractor import Extractor, load_extractor
 from onestep.metrics.images import pixels_of
 from onestep.metrics.measure import Measured, means, measure, scores
-from onestep.metrics.prompts import captioned
 from onestep.metrics.protocol import Protocol
 from onestep.metrics.provenance import provenance, sha256_of_weights
 from onestep.metrics.published import Published, any_protocol
-from onestep.metrics.render import family_of
+from onestep.metrics.render import Family, family_of
 from onestep.metrics.request import Request, resolved
 from onestep.metrics.scoring import named, reference_of
+from onestep.metrics.speed import counted
 
 SEEN = {"DiTPipeline": "fashion-10k", "StableDiffusionPipeline": "emoji-2k"}
 """The protocols of exports with real images, and captions, in the package."""
@@ -78,8 +78,8 @@ class Judge:
         extractor = load_extractor(str(r.extractor), None, device)
         real = reference_of(r, extractor, metrics)
         assert real is not None
-        known: Sequence[Any] = captioned(protocol.embedded)[1] if isinstance(protocol, Published) else []
-        conditions = known[:count] if told else [i % protocol.classes for i in range(count)]
+        captions = real.measured.prompts or []
+        conditions = captions[:count] if told else [i % protocol.classes for i in range(count)]
         return cls(protocol, extractor, real.measured, conditions, metrics)
 
     def scores(self, pictures: Sequence[np.ndarray], batch_size: int) -> dict[str, float]:
@@ -102,23 +102,19 @@ class Judge:
 class Way:
     """One way of guidance: its images, the passes of the network they took, and their seconds."""
 
-    def __init__(self, name: str, pipe: Any, sample: Any):
-        self.name, self.pipe, self.sample = name, pipe, sample
+    def __init__(self, name: str, pipe: Any, family: Family):
+        self.name, self.pipe, self.family = name, pipe, family
         self.seconds, self.passes = 0.0, 0
         self.batches: list[torch.Tensor] = []
 
     def make(self, conditions: Sequence[Any], seeds: range, steps: int, guidance: float) -> None:
         """One image for each condition, from the noise of its seed."""
-        network = getattr(self.pipe, "transformer", None) or self.pipe.unet
-        counted = network.register_forward_pre_hook(self._count, with_kwargs=True)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        start = time.perf_counter()
-        self.batches.append(self.sample(self.pipe, list(conditions), generators, steps, guidance).float())
-        self.seconds += time.perf_counter() - start
-        counted.remove()
-
-    def _count(self, module: Any, args: Any, kwargs: Any) -> None:
-        self.passes += len(args[0])
+        with counted(getattr(self.pipe, self.family.network)) as passes:
+            start = time.perf_counter()
+            self.batches.append(self.family.sample(self.pipe, list(conditions), generators, steps, guidance).float())
+            self.seconds += time.perf_counter() - start
+        self.passes += passes.samples
 
     def row(self, judge: Judge, batch_size: int) -> dict[str, Any]:
         pictures = list(pixels_of(self.batches))
@@ -134,8 +130,8 @@ def compare(args: argparse.Namespace, pipe: Any, judge: Judge, guidance: float) 
     """The rows of both ways at one guidance."""
     stock, count = pipe.stock, len(judge.conditions)
     stock.set_progress_bar_config(disable=True)
-    sample = family_of(stock).sample
-    ways = [Way("adapters, one pass a step", pipe, sample), Way("classifier-free, two passes a step", stock, sample)]
+    family = family_of(stock)
+    ways = [Way("adapters, one pass a step", pipe, family), Way("classifier-free, two passes a step", stock, family)]
     for first in range(0, count, args.batch_size):
         part = range(first, min(first + args.batch_size, count))
         seeds = range(judge.protocol.first_seed + part.start, judge.protocol.first_seed + part.stop)
@@ -144,8 +140,7 @@ def compare(args: argparse.Namespace, pipe: Any, judge: Judge, guidance: float) 
     apart = torch.cat([(a - b).square().flatten(1).mean(1).sqrt() for a, b in zip(*(way.batches for way in ways))]).mean()
     shared = {"protocol": judge.protocol.details(), "export": args.export.as_posix(), "count": count, "steps": args.steps}
     shared |= {"guidance": guidance, "rms_between_ways": float(apart), "extractor_sha256": judge.extractor.sha256}
-    network = "unet" if pipe.transformer is None else "transformer"
-    shared |= {"weights_sha256": sha256_of_weights(args.export / network), "batch_size": args.batch_size}
+    shared |= {"weights_sha256": sha256_of_weights(args.export, family.network), "batch_size": args.batch_size}
     shared |= {"adapter_sha256": sha256_of_weights(args.export / "guidance_adapter"), **provenance(args.device)}
     return [way.row(judge, args.batch_size) | shared for way in ways]
 

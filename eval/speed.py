@@ -146,14 +146,12 @@ def measure(trainer: Trainer, cycles: int, warmup: int = 2) -> dict[str, Any]:
     cycle, clock = Cycle.of(trainer), clock_of(trainer.accelerator.device)
     passes = cycle.passes()
     times = np.array([cycle.times(clock) for _ in range(warmup + cycles)][warmup:])  # (cycles, step or bare, clock)
-    ratios = np.quantile(times[:, 0] / times[:, 1], [0.25, 0.5, 0.75], axis=0).T.tolist()
     step, bare = np.median(times[:, :, 0], axis=0) / len(cycle.bare)
     return {
         "batch_size": trainer.config.batch_size,
         "updates_in_cycle": len(cycle.bare),
         "cycles": cycles,
-        **{name: each[1] for name, each in zip(NAMES, ratios)},
-        **{f"{name}_quartiles": [each[0], each[2]] for name, each in zip(NAMES, ratios)},
+        **quartiles(times[:, 0] / times[:, 1]),
         "step_s": float(step),
         "bare_s": float(bare),
         "images_per_s": trainer.config.batch_size / float(step),
@@ -177,10 +175,13 @@ def against(trainer: Trainer, other: Trainer, cycles: int, warmup: int = 2) -> d
         return each.update
 
     found = np.array([times() for _ in range(warmup + cycles)][warmup:])
-    ratios = np.quantile(found[:, 1] / found[:, 0], [0.25, 0.5, 0.75], axis=0).T.tolist()
-    return {f"against_{name}": each[1] for name, each in zip(NAMES, ratios)} | {
-        f"against_{name}_quartiles": [each[0], each[2]] for name, each in zip(NAMES, ratios)
-    }
+    return {f"against_{name}": each for name, each in quartiles(found[:, 1] / found[:, 0]).items()}
+
+
+def quartiles(ratios: np.ndarray) -> dict[str, Any]:
+    """Median and quartiles over cycles, by the clock's name, of ratios (cycles, clocks)."""
+    found = list(zip(NAMES, np.quantile(ratios, [0.25, 0.5, 0.75], axis=0).T.tolist()))
+    return {name: each[1] for name, each in found} | {f"{name}_quartiles": [each[0], each[2]] for name, each in found}
 
 
 def table(row: dict[str, Any]) -> str:

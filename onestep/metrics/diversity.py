@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Group = TypeVar("Group", bound=Hashable)
 Distance = Callable[[Tensor, Tensor], Tensor]
 """(n, ...) and (m, ...) to all distances (n, m)."""
 
@@ -35,10 +37,7 @@ def diversity(features: Tensor, groups: Sequence[Hashable], distance: Distance) 
     """
     if len(features) != len(groups):
         raise ValueError(f"{len(features)} images and {len(groups)} prompts or classes; give one an image")
-    members: dict[Hashable, list[int]] = {}
-    for index, group in enumerate(groups):
-        members.setdefault(group, []).append(index)
-    by_group = {group: _mean(features[rows], distance) for group, rows in members.items() if len(rows) > 1}
+    by_group = {group: _mean(features[rows], distance) for group, rows in members(groups).items() if len(rows) > 1}
     if not by_group:
         raise ValueError(
             "diversity needs 2 images or more of a prompt or class, and every image has another: make more of each"
@@ -46,6 +45,14 @@ def diversity(features: Tensor, groups: Sequence[Hashable], distance: Distance) 
     means = torch.tensor(list(by_group.values()), dtype=torch.float64)
     std = float(means.std()) if len(means) > 1 else float("nan")
     return Diversity(float(means.mean()), std, len(means), by_group)
+
+
+def members(groups: Sequence[Group]) -> dict[Group, list[int]]:
+    """The indices of each prompt or class, which come in the order in which they are first met."""
+    found: dict[Group, list[int]] = {}
+    for index, group in enumerate(groups):
+        found.setdefault(group, []).append(index)
+    return found
 
 
 def _mean(features: Tensor, distance: Distance) -> float:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..clip_model import ClipModel
 from .clip_extractor import ClipExtractor
 from .clip_score import ClipScore
-from .diversity import cosine, diversity
+from .diversity import cosine, diversity, members
 from .extractor import Extractor, Features
 from .frechet import Moments, frechet_distance
 from .images import fitted
@@ -282,11 +282,9 @@ def means(found: Scores) -> dict[str, float]:
 
 def by_prompt(found: Scores, prompts: Sequence[str]) -> dict[str, dict[str, float]]:
     """{score: {prompt: its mean over the prompt's images}} for those of `scores` that are one an image."""
-    members: dict[str, list[int]] = {}
-    for index, prompt in enumerate(prompts):
-        members.setdefault(prompt, []).append(index)
+    rows_of = members(prompts)
     return {
-        name: {prompt: float(each[rows].mean()) for prompt, rows in members.items()}
+        name: {prompt: float(each[rows].mean()) for prompt, rows in rows_of.items()}
         for name, each in found.items()
         if isinstance(each, Tensor)
     }

@@ -127,27 +127,19 @@ def family_of(pipe: Any) -> Family:
     family = family_of(one)
     return replace(
         family,
-        sample=_prompted_students if family.prompts else _students,
+        sample=partial(_by_students, "prompt" if family.prompts else "class_labels"),
         network=f"student-*/{family.network}",
         guided=False,
         classes=lambda pipe: family.classes(one),
     )
 
 
-def _students(pipe: Any, labels: list[int], generators: list[torch.Generator], steps: int, guidance: float) -> Tensor:
-    return _by_students(pipe, steps, class_labels=labels, generator=generators)
-
-
-def _prompted_students(
-    pipe: Any, prompts: list[str], generators: list[torch.Generator], steps: int, guidance: float
+def _by_students(
+    name: str, pipe: Any, conditions: list[Any], generators: list[torch.Generator], steps: int, guidance: float
 ) -> Tensor:
-    return _by_students(pipe, steps, prompt=prompts, generator=generators)
-
-
-def _by_students(pipe: Any, steps: int, **arguments: Any) -> Tensor:
     if steps != 1:  # the noises between the steps would not come from the generators
         raise ValueError(f"--steps {steps} is not possible for several students, which are sampled in 1: leave it out")
-    return _called(pipe, **arguments)
+    return _called(pipe, **{name: conditions}, generator=generators)
 
 
 SEVERAL = "MultiStudentPipeline"
@@ -173,13 +165,11 @@ def load_pipeline(
         name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
         raise ValueError(f"{index} is damaged ({error}): export the folder again") from error
-    own = {}
-    if isinstance(name, list) and len(name) == 2 and name[1] == SEVERAL:
-        if not trust_remote_code:
-            raise ValueError(f"{folder} is sampled by its own {name[0]}.py: read it, and type --trust-remote-code to run it")
-        own = {"custom_pipeline": name[0]}
-    else:
-        _family_named(name if isinstance(name, str) else str(name))
+    several = isinstance(name, list) and name[-1:] == [SEVERAL]
+    if several and not trust_remote_code:
+        raise ValueError(f"{folder} is sampled by its own {name[0]}.py: read it, and type --trust-remote-code to run it")
+    if not several:
+        _family_named(str(name))
     from diffusers import DiffusionPipeline
     from transformers.utils import logging
 
@@ -188,14 +178,14 @@ def load_pipeline(
     try:
         with quiet():
             pipe = DiffusionPipeline.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code, **own
+                str(folder), local_files_only=True, use_safetensors=True, trust_remote_code=trust_remote_code
             )
     except Exception as error:  # diffusers raises OSError, ValueError, SafetensorError, RuntimeError and more here
         raise ValueError(f"{folder} could not be loaded: {error}. Export the folder again") from error
     finally:
         if bars:
             logging.enable_progress_bar()
-    if own:
+    if several:
         with quiet():  # all of them now, and not in the middle of the first images
             for number in range(pipe.config.students):
                 pipe.student(number)

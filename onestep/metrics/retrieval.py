@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .diversity import members
+
 PLACES = (1, 10)
 """Places k of retrieval@k."""
 
@@ -22,9 +24,7 @@ def ranks(fake: Tensor, real: Tensor, asked: Sequence[str], captions: Sequence[s
         raise ValueError(
             f"{len(fake)} images with {len(asked)} prompts and {len(real)} real ones with {len(captions)}; give one an image"
         )
-    own: dict[str, list[int]] = {}
-    for index, caption in enumerate(captions):
-        own.setdefault(caption, []).append(index)
+    own = members(captions)
     if missing := [prompt for prompt in asked if prompt not in own]:
         raise ValueError(f"no real picture has the caption {missing[0]!r}: leave retrieval out of --metrics")
     unit, found = F.normalize(real.double(), dim=1), []
