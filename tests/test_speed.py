@@ -102,13 +102,13 @@ def test_ratio_of_an_update_to_its_passes(tmp_path: Path) -> None:
 
 
 def test_a_step_against_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Four times the batch on networks that are no toys takes longer, though not always four times as long."""
+    """Sixteen times the batch on networks that are no toys takes longer, be the cost of a step's calls what it may."""
     argv = ["--methods", "kd", "--cycles", "2", "--output", str(tmp_path / "rows.jsonl"), "--set", "device=cpu", "pairs=64"]
     more = ["pair_steps=1", "batch_size=4", f"cache={tmp_path / 'cache'}"]
-    assert speed.main([*argv, *more, "--against", "batch_size=16"]) == 0
+    assert speed.main([*argv, *more, "--against", "batch_size=64"]) == 0
     (row,) = (json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines())
     low, high = row["against_cpu_ratio_quartiles"]
-    assert row["against"] == {"batch_size": 16} and 1.3 < low <= row["against_cpu_ratio"] <= high < 8
+    assert row["against"] == {"batch_size": 64} and 1.3 < low <= row["against_cpu_ratio"] <= high
     assert "against_cpu_ratio" in capsys.readouterr().out
     assert speed.main([*argv, "--against", "batch_size"]) == 2
     assert "--against batch_size gives no value" in capsys.readouterr().err
