@@ -1,16 +1,11 @@
 """Moments do not depend on how their vectors come, and the Fréchet distance of Gaussians is the closed form."""
 
 import math
-import multiprocessing
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from onestep.metrics.distributed import in_order, mine
 from onestep.metrics.frechet import BLOCK, Moments, frechet_distance
 
 
@@ -58,70 +53,6 @@ def test_merged_parts_equal_the_whole_up_to_rounding():
     assert merged.count == 1000 and not equal(merged, whole)
     torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-12, atol=0)
     torch.testing.assert_close(merged.covariance, whole.covariance, rtol=1e-9, atol=1e-12)
-
-
-# Processes
-
-
-@pytest.mark.parametrize("count", [1, 64, 65, 128, 200, 1000])
-def test_each_image_is_made_by_one_process(count: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
-        shares.append(mine(count))
-    assert sorted(i for share in shares for i in share) == list(range(count))
-    assert all(share == sorted(share) and len(share) <= math.ceil(count / (3 * BLOCK)) * BLOCK for share in shares)
-
-
-def _one_of(rank: int, world: int, folder: Path, count: int, batch: int) -> None:
-    """Reads its images' features from a file and writes the moments of all, for the test below."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    features = load_file(folder / "features.safetensors")["features"][:count]
-    seen = Moments(features.shape[1])
-    kept = []
-    for block in in_order(features[mine(count)].split(batch), count, features.shape[1]):
-        seen.update(block)
-        kept.append(block)
-    assert torch.equal(torch.cat(kept), features)
-    seen.save(folder / f"moments-{rank}.safetensors")
-    dist.destroy_process_group()
-
-
-def test_two_processes_store_the_bits_of_one(tmp_path: Path):
-    features, spawn = draws(2 * BLOCK + 9, 21) * 2 + 3, multiprocessing.get_context("spawn")  # two blocks, and a part
-    save_file({"features": features}, tmp_path / "features.safetensors")
-    ranks = [spawn.Process(target=_one_of, args=(r, 2, tmp_path, len(features), 50)) for r in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(120)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
-    streamed(features, 1).save(tmp_path / "alone.safetensors")
-    alone = (tmp_path / "alone.safetensors").read_bytes()
-    assert all((tmp_path / f"moments-{r}.safetensors").read_bytes() == alone for r in range(2))
-
-
-def test_alone_the_blocks_are_the_features():
-    features = draws(200, 3)
-    blocks = list(in_order(features.split(9), 200, 3))
-    assert torch.equal(torch.cat(blocks), features) and [len(block) for block in blocks] == [64, 64, 64, 8]
-
-
-@pytest.mark.parametrize(
-    ("features", "words"),
-    [
-        (torch.zeros(69, 3), "features of 69 images; this process is to give those of 70"),
-        (torch.zeros(71, 3), "features of 71 images or more"),
-        (torch.zeros(70, 4), r"allowed is float32 \(B, 3\)"),
-        (torch.zeros(70, 3, dtype=torch.float64), "torch.float64; allowed is float32"),
-    ],
-)
-def test_wrong_features_are_refused(features: Tensor, words: str):
-    with pytest.raises(ValueError, match=words):
-        list(in_order(iter(features.split(10)), 70, 3))
 
 
 # Gaussians

@@ -23,7 +23,7 @@ class Moments:
     Vectors are taken in blocks of BLOCK, in the order in which they come, and blocks are merged in that order by Chan,
     Golub & LeVeque 1979, eq. 2.1: with n = n_a + n_b and delta = mean_b - mean_a, mean = mean_a + delta n_b / n and
     scatter = scatter_a + scatter_b + delta delta^T n_a n_b / n. The same vectors in the same order thus give the same
-    bits for every size of batches; `distributed.in_order` makes that the order of images for several processes.
+    bits for every size of batches; `measure.seen` makes that the order of images for several processes.
     """
 
     def __init__(self, dimensions: int):
