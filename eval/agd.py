@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from fid import Parser, append, check_output, device_of
 
+from onestep.cli import Parser
+from onestep.evaluate import append, check_output, device_of
 from onestep.metrics.extractor import Extractor, load_extractor
 from onestep.metrics.images import pixels_of
 from onestep.metrics.measure import Measured, means, measure, scores

@@ -17,10 +17,11 @@ from typing import Any
 
 import matplotlib
 from filelock import FileLock, Timeout
-from zoo import Entry, Job, Timed, append, parse, plan_of, rows_of
+from zoo import Entry, Job, Timed, parse, plan_of, rows_of
 
 from onestep.cli import Parser
 from onestep.config import save_config
+from onestep.evaluate import append
 from onestep.exporting import export
 from onestep.log import keep_rows
 from onestep.metrics import evaluate

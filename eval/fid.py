@@ -9,22 +9,15 @@ import argparse
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from onestep.evaluate import append, check_output, device_of, score
+from onestep.cli import Parser
+from onestep.evaluate import check_output, device_of, score
 from onestep.metrics import evaluate, protocol_of
 from onestep.metrics.scoring import Request, evaluate_any
 
-__all__ = ["Parser", "append", "check_output", "device_of", "score"]
-"""What the scripts beside this one take from it."""
-
 EXTRACTORS = {"clean": "inception", "legacy_tensorflow": "inception-legacy"}
 """clean-fid's modes, as extractors."""
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; type {self.prog} --help\n")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

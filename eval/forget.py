@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from fid import Parser, check_output, device_of, score
-
+from onestep.cli import Parser
+from onestep.evaluate import check_output, device_of, score
 from onestep.metrics import protocol_of
 from onestep.metrics.forgetting import evaluate_forgetting
 

@@ -11,7 +11,6 @@ pictures. The same command goes on where it was stopped; with more --steps it sc
 
 import json
 import math
-import os
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from onestep.card import update_score
 from onestep.cli import Parser
 from onestep.config import TrainConfig, differences, flat, load_config, load_recipe, resolve, save_config
 from onestep.denoiser import Denoiser, unwrap
+from onestep.evaluate import append
 from onestep.files import replaced
 from onestep.log import keep_rows
 from onestep.lora import Adapter
@@ -351,18 +351,6 @@ def commits(plan: Plan) -> str | None:
 
 
 # ---- rows
-
-
-def append(row: dict[str, Any], path: Path) -> None:
-    """One write of one whole line, after a line that a kill has torn."""
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    line = "\n" * torn + json.dumps(row, allow_nan=False) + "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

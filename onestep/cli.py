@@ -13,7 +13,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line on stderr and exit code 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        more = f"; type {self.prog} --help" if message.startswith("the following arguments") else ""
+        print(f"error: {' '.join(message.split())}{more}", file=sys.stderr)
         raise SystemExit(2)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]

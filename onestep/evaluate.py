@@ -62,11 +62,13 @@ def check_output(path: Path) -> None:
 
 
 def append(row: dict[str, Any], path: Path) -> None:
-    """One write of one whole line: lines of runs side by side do not mix."""
-    line = json.dumps(row, allow_nan=False) + "\n"
+    """One write of one whole line, after a line that a kill has torn: lines of runs side by side do not mix."""
+    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    line = "\n" * torn + json.dumps(row, allow_nan=False) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(descriptor, line.encode())
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
