@@ -1,11 +1,12 @@
 """Files on disk: what they hash to, and getting them there for good."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,3 +61,9 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[str
     except SafetensorError as error:
         path.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {' '.join(str(error).split())}") from error
+
+
+def differences_from(path: Path, settings: Mapping[str, Any]) -> str:
+    """Where the settings in a JSON file are others than these, as in "steps: 4 and 8; seed: 0 and 1", or nothing."""
+    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    return "; ".join(f"{name}: {before.get(name)} and {now[name]}" for name in now if before.get(name) != now[name])

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..files import replaced, sha256_of
+from ..files import differences_from, replaced, sha256_of
 from .extractor import Extractor, Features
 from .images import Survey, files_of
 from .measure import Collector, Measured, seen
@@ -87,9 +87,7 @@ def _begin(unfinished: Path, settings: dict[str, Any]) -> None:
     """Make the folder of a build, or find that of the same build that was stopped."""
     path = unfinished / "settings.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if other := [name for name in settings if before.get(name) != settings[name]]:
-            shown = "; ".join(f"{name}: {before.get(name)} and {settings[name]}" for name in other)
+        if shown := differences_from(path, settings):
             raise ValueError(f"{unfinished} is of another build ({shown}): remove it, or name another -o")
         return
     if unfinished.is_dir() and any(unfinished.iterdir()):

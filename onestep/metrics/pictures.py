@@ -10,7 +10,7 @@ import numpy as np
 from accelerate import PartialState
 from PIL import Image
 
-from ..files import replaced
+from ..files import differences_from, replaced
 from .images import Survey, pixels_of
 from .measure import Picture
 from .render import render
@@ -64,15 +64,12 @@ def claim(folder: Path, made_by: dict[str, Any]) -> None:
     Raises ValueError where it has images of something else.
     """
     path = folder / SETTINGS
-    settings = json.loads(json.dumps(made_by))
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        if other := [name for name in settings if before.get(name) != settings[name]]:
-            shown = "; ".join(f"{name}: {before.get(name)} and {settings[name]}" for name in other)
+        if shown := differences_from(path, made_by):
             raise ValueError(f"--save {folder} holds images of another call ({shown}): name another folder")
         return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--save {folder} is not empty and has no {SETTINGS}: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     with replaced(path) as draft:
-        draft.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(made_by, indent=1) + "\n", encoding="utf-8")
