@@ -110,8 +110,10 @@ def start_from(source: Path, network: Any, name: str) -> None:
         network.load_state_dict(kept | weights, strict=True)
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
+        stock = checkpoint is not None and (source / "export" / name).is_dir()  # without a method's own inputs
         raise ValueError(
-            f"the weights in {source} do not fit the teacher's {name}: {reason}. Type another --init"
+            f"the weights in {source} do not fit the teacher's {name}: {reason}. Type "
+            + (f"--init {source / 'export'}" if stock else "another --init")
         ) from error
 
 

@@ -219,3 +219,11 @@ def test_weights_with_and_without_it_are_a_start(run: tuple[list[str], Path], ti
     assert all(torch.equal(network.state_dict()[key], value) for key, value in average.items())
     second = ["--method", "hyper-sd-score", "--levels", "8", "--anchor-steps", "2", "--iterations", "1", "--warmup", "0"]
     assert main([*argv, *second, "--init", str(folder), "--output", str(tmp_path / "score")]) == 0
+
+
+def test_a_network_without_it_is_sent_to_the_export(run: tuple[list[str], Path]) -> None:
+    _, folder = run
+    plain = teacher_of("edm").copy("student").network
+    with pytest.raises(ValueError, match=rf"do not fit the teacher's unet: .* Type --init {folder / 'export'}$"):
+        start_from(folder, plain, "unet")
+    start_from(folder / "export", plain, "unet")
