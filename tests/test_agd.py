@@ -24,7 +24,7 @@ from onestep.guided_export import export_guided
 from onestep.guided_sampler import GuidedSampler
 from onestep.objectives.agd import AGD
 from onestep.objectives.dmd2 import DMD2
-from onestep.pipelines.adapter_guidance import AdapterGuidancePipeline, GuidanceAdapter, mean
+from onestep.pipelines.adapter_guidance import KINDS, AdapterGuidancePipeline, GuidanceAdapter, mean
 from onestep.prediction import PREDICTIONS
 from onestep.rng import Rng
 from onestep.schedule import VP
@@ -66,7 +66,7 @@ def inputs(teacher: Teacher, size: int = 3) -> tuple[Tensor, Tensor, Any, Any]:
 # --- adapters
 
 
-@pytest.mark.parametrize("kind", ["offset", "attention"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_start_as_the_base_and_then_depend_on_guidance(family: str, kind: str) -> None:
     """Bit for bit; trained ones change every sample by its own guidance, and leave nothing on the base."""
@@ -102,7 +102,7 @@ def test_only_adapters_are_trained_and_copies_share_the_base() -> None:
     assert all(p.grad is None and not p.requires_grad for p in teacher.denoiser.network.parameters())
 
 
-@pytest.mark.parametrize("kind", ["offset", "attention"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_about_two_percent_of_the_parameters(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     teacher = load_teacher("fashion")
     network = teacher.denoiser.network
@@ -117,7 +117,7 @@ def test_padding_of_a_prompt_is_not_seen() -> None:
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
     got = mean(tokens, mask)
     torch.testing.assert_close(got, torch.stack([tokens[0, :2].mean(0), tokens[1].mean(0)]))
-    for kind in ("offset", "attention"):
+    for kind in KINDS:
         teacher = teacher_of("pixart-sigma")
         student = student_of(teacher, kind).denoiser
         cond = inputs(teacher)[2]
@@ -220,13 +220,14 @@ def test_offsets_are_exact_for_equal_variances() -> None:
     assert first > 0.1 and last < 1e-6 * first and floor == 0
 
 
-def test_offsets_have_a_floor_for_unequal_variances_and_attention_has_not() -> None:
+def test_offsets_have_a_floor_for_unequal_variances_and_others_have_not() -> None:
     """The floor is (w - 1)^2 (sigma / v_c - sigma / v_u)^2 Var(x_t)."""
     case: Any = ((0.4, 1.1), [400], [3.0])
     first, last, floor = fitted("offset", *case)
     assert first > 1.1 * floor > 0.01 and last == pytest.approx(floor, rel=1e-6)
-    _, last, floor = fitted("attention", *case)
-    assert last < 0.02 * floor
+    for kind in ("attention", "mlp"):
+        _, last, floor = fitted(kind, *case)
+        assert last < 0.02 * floor
 
 
 @pytest.mark.parametrize("w", [1.0, 3.0])
@@ -470,7 +471,7 @@ def test_the_pipeline_is_the_sampler_at_one_pass_a_step(export: tuple[Path, Teac
     assert not torch.allclose(by(pipe, guidance_scale=2.5), by(pipe, guidance_scale=5.0), atol=1e-3)
 
 
-@pytest.mark.parametrize("family, kind", [*zip(FAMILIES[1:-1], ["offset", "attention"] * 3)])
+@pytest.mark.parametrize("family, kind", [*zip(FAMILIES[1:], [*KINDS, *KINDS])])
 def test_every_family_is_exported_and_compared(family: str, kind: str, tmp_path: Path) -> None:
     teacher = teacher_of(family)
     exported(teacher, tmp_path / "agd", kind)

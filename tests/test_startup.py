@@ -15,6 +15,7 @@ from onestep.lora import FORMATS
 from onestep.methods import METHODS, config_class
 from onestep.objectives import boot, f_distill, objective_class, sim
 from onestep.options import options_of
+from onestep.pipelines import adapter_guidance
 
 HEAVY = ["torch", "torchvision", "numpy", "scipy", "PIL", "safetensors", "diffusers", "transformers", "accelerate", "peft"]
 HELP = [
@@ -135,6 +136,7 @@ def test_the_options_are_those_of_the_method(name: str) -> None:
 @pytest.mark.parametrize(
     "method, option, table",
     [
+        ("agd", "adapter", adapter_guidance.KINDS),
         ("boot", "weight", boot.WEIGHTS),
         ("f-distill", "divergence", f_distill.WEIGHTS),
         ("hipa", "mask", highpass.MASKS),

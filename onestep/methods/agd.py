@@ -21,7 +21,9 @@ class AGDConfig(MethodConfig):
     }
     INSISTS: ClassVar[Mapping[str, Any]] = {"init_rho": None, "batch_size": 64, "student": "lora"}
 
-    adapter: str = option("offset", "a vector a block, or attention to guidance and prompt", choices=("offset", "attention"))
+    adapter: str = option(
+        "mlp", "a vector a block, attention to guidance and prompt, or an MLP", choices=("offset", "attention", "mlp")
+    )
     hidden: int = option(0, "width of the adapters; 0 means what --share asks for", minimum=0)
     share: float = option(0.02, "parameters of the adapters as a fraction of the network's", above=0)
     guidance_min: float = option(1.0, "least guidance to learn", minimum=0)

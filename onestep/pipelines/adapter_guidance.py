@@ -49,10 +49,7 @@ class Offset(nn.Module):
         self.first, self.last = nn.Linear(hidden, hidden), zeroed(nn.Linear(hidden, width))
 
     def forward(self, hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        total = tokens[:, 0] + tokens[:, 1]
-        if tokens.shape[1] > 2:
-            total = total + mean(tokens[:, 2:], None if mask is None else mask[:, 2:])
-        return self.last(F.silu(self.first(total)))[:, None]
+        return self.last(F.silu(self.first(summed(tokens, mask))))[:, None]
 
 
 class Attention(nn.Module):
@@ -70,7 +67,20 @@ class Attention(nn.Module):
         )
 
 
-KINDS: dict[str, Callable[[int, int], nn.Module]] = {"offset": Offset, "attention": Attention}
+class MLP(nn.Module):
+    """W2 silu((1 + a) W1 h + b) of a block's input h, (a, b) = V silu(w + t + the mean of the prompt); zero at first."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.first, self.last = nn.Linear(width, hidden), zeroed(nn.Linear(hidden, width))
+        self.modulation = nn.Linear(hidden, 2 * hidden)
+
+    def forward(self, hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        scale, shift = self.modulation(F.silu(summed(tokens, mask)))[:, None].chunk(2, dim=-1)
+        return self.last(F.silu((1 + scale) * self.first(hidden) + shift))
+
+
+KINDS: dict[str, Callable[[int, int], nn.Module]] = {"offset": Offset, "attention": Attention, "mlp": MLP}
 """Adapters of one block: (width of the block, hidden width) -> module of (hidden states, tokens, mask)."""
 
 
@@ -79,6 +89,12 @@ def zeroed(linear: nn.Linear) -> nn.Linear:
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
+
+
+def summed(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """[w, t, prompt ...], (B, 2 + L, hidden) -> w + t + the mean of the prompt, (B, hidden)."""
+    total = tokens[:, 0] + tokens[:, 1]
+    return total if tokens.shape[1] == 2 else total + mean(tokens[:, 2:], None if mask is None else mask[:, 2:])
 
 
 def mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
