@@ -182,7 +182,7 @@ def without_pairs(teacher: Teacher) -> Iterator[None]:
     def point(self: Any, rng: Rng) -> Point:
         z, zeros, conditions = draw(self, rng)
         t = teacher.denoiser.schedule.at(rng.uniform())
-        return Point(z, t, zeros, rng.uniform(), conditions)
+        return Point(z, rng.integers(1), t, zeros, rng.uniform(), conditions)
 
     pairs: dict[str, Any] = {"__init__": made, "draw": draw}
     trajectories: dict[str, Any] = {"__init__": made, "draw": point}

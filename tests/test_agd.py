@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from onestep.card import Card
 from onestep.data.keys import weights_key
-from onestep.data.trajectories import GuidedTrajectories, guided_output, guided_way
+from onestep.data.trajectories import GuidedTrajectories, gains, guided_output, guided_way
 from onestep.denoiser import Denoiser, body
 from onestep.generator import Generator
 from onestep.guided import KEY, Guided, adapter_for, count, told
@@ -230,6 +230,17 @@ def test_offsets_have_a_floor_for_unequal_variances_and_others_have_not() -> Non
         assert last < 0.02 * floor
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_gains_are_how_far_an_error_of_the_output_moves_the_next_point(kind: str) -> None:
+    """d x_(n-1) / d eps = sigma' - alpha' sigma / alpha; of v times alpha, of x0 times -alpha / sigma."""
+    grid, prediction = Grid(linear_vp(), 5), PREDICTIONS[kind]
+    got = gains(grid, prediction)
+    alpha, sigma = grid.alpha, grid.sigma
+    eps = (sigma[:-1] - alpha[:-1] * sigma[1:] / alpha[1:]).abs()
+    turned = {"epsilon": 1.0, "v_prediction": alpha[1:], "sample": alpha[1:] / sigma[1:]}[kind]
+    torch.testing.assert_close(got, torch.cat([torch.zeros(1), eps * turned]).double(), atol=1e-12, rtol=1e-10)
+
+
 @pytest.mark.parametrize("w", [1.0, 3.0])
 def test_guided_trajectories_have_the_moments_of_the_guided_gaussian(w: float) -> None:
     """Mean alpha_t mu_w and variance v_t by DDIM in 100 steps; the noised class itself has alpha_t mu_c."""
@@ -327,6 +338,23 @@ def test_number_of_network_passes(tmp_path: Path) -> None:
     assert not AGD.uses_real(method.config)
 
 
+def test_errors_weigh_by_their_gains(tmp_path: Path) -> None:
+    """By hand on one batch; over all levels the mean weight is 1, as without."""
+    teacher, losses = dit(), {}
+    for weight in ("output", "step"):
+        method = objective(AGD, teacher, tmp_path, weight=weight, **SMALL)
+        ((_, loss),) = list(method.step(batch(teacher, 0, 8, real=False), 0))
+        losses[weight] = float(loss.detach())
+    point = method.cache.draw(batch(teacher, 0, 8, real=False).rng)
+    with torch.no_grad():
+        plain = teacher.denoiser.output(point.x_t, point.t, teacher.encode(point.conditions)[0])
+    error = (plain - point.output).square().flatten(1).mean(1)
+    squares = gains(method.grid, teacher.denoiser.prediction)[1:].square()
+    by_hand = (squares[point.level - 1] / squares.mean() * error).mean()
+    assert losses["output"] == pytest.approx(float(error.mean()), rel=1e-5)
+    assert losses["step"] == pytest.approx(float(by_hand), rel=1e-5) and len(set(losses.values())) == 2
+
+
 def test_points_made_in_the_step_are_points_of_trajectories() -> None:
     teacher = dit()
     method = objective(AGD, teacher, **SMALL | {"trajectories": 0})
@@ -336,6 +364,7 @@ def test_points_made_in_the_step_are_points_of_trajectories() -> None:
     z, w, stop = rng.normal(teacher.shape), rng.uniform(1.0, 6.0), rng.integers(4) + 1
     cond, uncond = teacher.encode(item.conditions)
     assert uncond is not None and torch.equal(point.guidance, w) and torch.equal(point.t, method.grid.times[stop])
+    assert torch.equal(point.level, stop)
     for level, x_t, output in guided_way(teacher.denoiser, method.grid, z, cond, uncond, w):
         here = level == stop
         assert torch.equal(point.x_t[here], x_t[here]) and torch.equal(point.output[here], output[here])

@@ -26,6 +26,9 @@ class AGDConfig(MethodConfig):
     )
     hidden: int = option(0, "width of the adapters; 0 means what --share asks for", minimum=0)
     share: float = option(0.02, "parameters of the adapters as a fraction of the network's", above=0)
+    weight: str = option(
+        "output", "errors count as they are, or by how far they move the next step of DDIM", choices=("output", "step")
+    )
     guidance_min: float = option(1.0, "least guidance to learn", minimum=0)
     guidance_max: float = option(6.0, "largest guidance to learn", minimum=0)
     trajectories: int = option(512, "guided trajectories in the cache; 0 makes new ones in every step", minimum=0)

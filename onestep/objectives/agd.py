@@ -4,10 +4,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data.trajectories import GuidedTrajectories, Point, guided_way, match
+from ..data.trajectories import GuidedTrajectories, Point, gains, guided_way, match
 from ..denoiser import body
 from ..generator import Generator
 from ..guided import KEY, adapter_for, count
@@ -19,9 +18,10 @@ from .base import Batch, Objective
 
 
 class AGD(Objective):
-    """min E |o(x_t, t, c; w) - (o_uncond + w (o_cond - o_uncond))|^2 over the adapters (section 4 of the paper).
+    """min E m_t |o(x_t, t, c; w) - (o_uncond + w (o_cond - o_uncond))|^2 over the adapters (section 4 of the paper).
 
     o is the network's raw output with adapters, on the frozen base; x_t are points of trajectories that were guided by w.
+    m_t is 1, or the square of `onestep.data.trajectories.gains` over its mean.
     """
 
     Config = AGDConfig
@@ -32,6 +32,8 @@ class AGD(Objective):
         assert isinstance(self.generator, GuidedSampler)
         self.generator.guidance = self.guidance  # of the pictures
         self.grid = Grid(self.teacher.denoiser.schedule, c.trajectory_steps, device=self.teacher.device)
+        squares = gains(self.grid, self.teacher.denoiser.prediction) ** (2 if c.weight == "step" else 0)
+        self.weights = (squares / squares[1:].mean()).float()  # by level
         limits = (c.guidance_min, c.guidance_max)
         given = (c.trajectories, c.trajectory_steps, c.trajectory_points, *limits)
         self.cache = (
@@ -62,7 +64,8 @@ class AGD(Objective):
         point = self.cache.draw(batch.rng) if self.cache else self.on_the_way(batch)
         cond, _ = self.teacher.encode(point.conditions)
         output = self.generator.denoiser.output(point.x_t, point.t, cond | {KEY: point.guidance})
-        loss = F.mse_loss(output, point.output.to(output.dtype))
+        weight = match(self.weights[point.level], output)
+        loss = (weight * (output - point.output.to(output.dtype)).square()).mean()
         self.log["guidance"] = loss.detach()
         yield "generator", loss
 
@@ -77,4 +80,4 @@ class AGD(Objective):
         for level, x_t, output in guided_way(self.teacher.denoiser, self.grid, z, cond, uncond, w):
             here = match(level == stop, z)
             x, target = torch.where(here, x_t, x), torch.where(here, output, target)
-        return Point(x, self.grid.time(stop, x), target, w, batch.conditions)
+        return Point(x, stop, self.grid.time(stop, x), target, w, batch.conditions)
