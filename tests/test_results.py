@@ -38,3 +38,18 @@ def test_means_over_seeds_are_those_of_the_results() -> None:
             line = lines[method, steps]
             assert seeds == "0, 1, 2"
             assert [line[3], line[5], line[6]] == [texts[score] for score in ("FD", "precision", "recall")]
+
+
+def test_several_and_smaller_students_are_those_of_the_results() -> None:
+    means = [row for table in tables(read([ROOT / "eval" / "rows" / "students.jsonl"])) for row in table.seeds]
+    assert len(means) == 5
+    for name, seeds, texts in means:
+        students, _, iterations = name.partition(",")[0].partition(" x ")
+        (line,) = (cells for cells in LINES if cells[:2] == [students, iterations] and len(cells) == 5)
+        assert seeds == "0, 1, 2" and line[3:] == [texts["FD"], texts["class_accuracy"]]
+    shown = [row for table in tables(read([ROOT / "eval" / "rows" / "smaller.jsonl"])) for row in table.rows]
+    assert len(shown) == 4
+    for row in shown:
+        size, way = str(row.row["name"]).split(", ")
+        (line,) = (cells for cells in LINES if cells[0] == size and (cells[2] == "none") == way.startswith("without"))
+        assert line[3:] == [row.numbers["FD"].text, row.numbers["class_accuracy"].text]
