@@ -7,9 +7,11 @@ import copy
 from collections.abc import Callable, Sequence, Set
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .denoiser import Cond
+from .prediction import Prediction
 from .schedule import Schedule
 
 Levels = tuple[Tensor, Tensor]
@@ -110,6 +112,18 @@ def jump(
         share = torch.as_tensor(keep, dtype=noise.dtype, device=noise.device)
         noise = share * noise + (1 - share**2).clamp_min(0).sqrt() * z
     return alpha_s * x_0 + sigma_s * noise
+
+
+def gains(grid: Grid, prediction: Prediction) -> Tensor:
+    """|d x_(n-1) / d output| / (alpha^2 + sigma^2)^(1/2) of DDIM's step from level n, alpha and sigma those of n - 1.
+
+    Shape (size + 1,): by how much of what is there an error of the output moves it. Level 0 has no step, and 0.
+    """
+    level = torch.arange(1, grid.size + 1, device=grid.times.device)
+    zero = torch.zeros_like(grid.alpha[1:])
+    here, there = grid.levels(level, zero), grid.levels(level - 1, zero)
+    one, none = (jump(zero, prediction.to_x0(output, zero, *here), here, there) for output in (zero + 1, zero))
+    return F.pad((one - none).abs() / torch.hypot(*there), (1, 0))
 
 
 def ratio(here: Levels, there: Levels) -> Tensor:

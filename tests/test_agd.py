@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from onestep.card import Card
 from onestep.data.keys import weights_key
-from onestep.data.trajectories import GuidedTrajectories, gains, guided_output, guided_way
+from onestep.data.trajectories import GuidedTrajectories, guided_output, guided_way
 from onestep.denoiser import Denoiser, body
 from onestep.generator import Generator
 from onestep.guided import KEY, Guided, adapter_for, count, told
@@ -30,7 +30,7 @@ from onestep.rng import Rng
 from onestep.schedule import VP
 from onestep.teacher import Copies, DiTTeacher, EDMTeacher, Facts, Teacher, family_named, load_teacher
 from onestep.train import main as train
-from onestep.trajectory import Grid, jump
+from onestep.trajectory import Grid, gains, jump
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ["dit", "sd15", "sdxl", "pixart-alpha", "pixart-sigma", "sd3", "sana"]

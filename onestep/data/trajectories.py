@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..denoiser import Cond, Denoiser, stack
-from ..prediction import Prediction
 from ..rng import Rng
 from ..teacher import Teacher
 from ..trajectory import Grid, jump
@@ -135,18 +133,6 @@ class GuidedTrajectories:
         rows = self.rows[index]
         x_t, output, level = rows["x_t"].float(), rows["output"].float(), rows["level"]
         return Point(x_t, level, self.grid.time(level, x_t), output, rows["guidance"], rows["conditions"])
-
-
-def gains(grid: Grid, prediction: Prediction) -> Tensor:
-    """|d x_(n-1) / d output| / (alpha^2 + sigma^2)^(1/2) of DDIM's step from level n, alpha and sigma those of n - 1.
-
-    Shape (size + 1,), float64: by how much of what is there an error of the output moves it. Level 0 has no step, and 0.
-    """
-    level = torch.arange(1, grid.size + 1, device=grid.times.device)
-    zero = torch.zeros(grid.size, dtype=torch.float64, device=level.device)
-    here, there = grid.levels(level, zero), grid.levels(level - 1, zero)
-    one, none = (jump(zero, prediction.to_x0(output, zero, *here), here, there) for output in (zero + 1, zero))
-    return F.pad((one - none).abs() / torch.hypot(*there), (1, 0))
 
 
 def match(flags: Tensor, like: Tensor) -> Tensor:

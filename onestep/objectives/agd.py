@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data.trajectories import GuidedTrajectories, Point, gains, guided_way, match
+from ..data.trajectories import GuidedTrajectories, Point, guided_way, match
 from ..denoiser import body
 from ..generator import Generator
 from ..guided import KEY, adapter_for, count
 from ..guided_sampler import GuidedSampler
 from ..methods.agd import AGDConfig
 from ..teacher import Teacher
-from ..trajectory import Grid
+from ..trajectory import Grid, gains
 from .base import Batch, Objective
 
 
@@ -21,7 +21,7 @@ class AGD(Objective):
     """min E m_t |o(x_t, t, c; w) - (o_uncond + w (o_cond - o_uncond))|^2 over the adapters (section 4 of the paper).
 
     o is the network's raw output with adapters, on the frozen base; x_t are points of trajectories that were guided by w.
-    m_t is 1, or the square of `onestep.data.trajectories.gains` over its mean.
+    m_t is 1, or the square of `onestep.trajectory.gains` over its mean.
     """
 
     Config = AGDConfig
