@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from .config import TrainConfig
 from .data import PairCache
 from .data.trajectories import GuidedTrajectories, Point
-from .generator import Generator, steps_from
 from .objectives import Batch, Objective, objective_class
 from .plan_ledger import Ledger, Turn, bytes_of, tensors_of, turns_of
 from .plan_teacher import Blank
 from .rng import Rng
-from .run import DTYPES, guidance_of
+from .run import DTYPES, guidance_of, new_student
 from .teacher import Copies, Teacher
 from .teacher.text import TextTeacher
 from .trainer import bare, rows_of
@@ -74,12 +73,7 @@ class Run:
         method = objective_class(config.method)
         self.real = method.uses_real(options)
         with blank.weightless(), torch.random.fork_rng(devices=[]), without_pairs(self.teacher):
-            generator = method.student(options, self.teacher, config.student_steps)
-            if generator is None:
-                denoiser = self.teacher.copy("student")
-                generator = Generator(denoiser, steps_from(denoiser.schedule, config.init_rho, config.student_steps))
-            self.generator = generator
-            method.prepare(options, self.generator)
+            self.generator = new_student(config, options, self.teacher)
             guidance = guidance_of(config, self.teacher)
             self.objective: Objective = method(options, self.teacher, self.generator, guidance, Path(), Path())
         self.members = {name: bare(list(modules)) for name, modules in self.objective.players().items()}

@@ -61,8 +61,8 @@ def use_xformers(teacher: Teacher) -> None:
         ) from error
 
 
-def make_student(config: TrainConfig, options: Any, teacher: Teacher) -> Generator:
-    """A copy of the teacher, or of `init`, as a generator that starts at sigma/alpha = init_rho; or a smaller one.
+def new_student(config: TrainConfig, options: Any, teacher: Teacher) -> Generator:
+    """A copy of the teacher, or a smaller network, as a generator that starts at sigma/alpha = init_rho.
 
     Raises ValueError where one of them does not fit.
     """
@@ -73,8 +73,17 @@ def make_student(config: TrainConfig, options: Any, teacher: Teacher) -> Generat
         generator = Generator(denoiser, steps_from(denoiser.schedule, config.init_rho, config.student_steps))
     elif small:
         raise ValueError(f"{config.method} trains the teacher's own network: leave --student-blocks and --student-width out")
-    denoiser = generator.denoiser
     method.prepare(options, generator)
+    return generator
+
+
+def make_student(config: TrainConfig, options: Any, teacher: Teacher) -> Generator:
+    """A new student, which has the weights of `init` if there is one.
+
+    Raises ValueError where they do not fit.
+    """
+    generator = new_student(config, options, teacher)
+    denoiser = generator.denoiser
     if config.init:
         start_from(init_of(config.init, config.only), denoiser.network, teacher.network_name)
     scale = teacher.export_scale if config.input_scale == "auto" else config.input_scale

@@ -72,6 +72,14 @@ def test_weights_states_and_averages_are_those_of_a_trainer(student: str, critic
     assert memory.optimizer == bytes_of(states)
 
 
+@pytest.mark.parametrize("size", [{"student_blocks": "3"}, {"student_width": "0.5"}], ids=str)
+def test_a_smaller_student_is_planned_at_its_size(size: dict[str, str]) -> None:
+    config, options = resolve(objective_class("dmd2").Config, {}, {}, {"teacher": "fashion", "data": "fashion"} | size)
+    small = Run(config, options, Blank("fashion")).memory()
+    real = make_trainer(config, options)
+    assert small.average == bytes_of(tensors_of(real.average)) < bytes_of(tensors_of(real.teacher.denoiser.network))
+
+
 VARIANTS: list[dict[str, Any]] = [
     {},
     {"student": "lora", "critic": "lora", "weights": "bf16"},
