@@ -1,24 +1,21 @@
 """Memory of a run before it starts: its own networks, on tensors without storage."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .config import TrainConfig
-from .data import PairCache
-from .data.trajectories import GuidedTrajectories, Point
+from .data.placeholders import placeholders
 from .objectives import Batch, Objective, objective_class
 from .plan_ledger import Ledger, Turn, bytes_of, tensors_of, turns_of
 from .plan_teacher import Blank
 from .rng import Rng
 from .run import DTYPES, guidance_of, new_student
-from .teacher import Copies, Teacher
+from .teacher import Copies
 from .teacher.text import TextTeacher
 from .trainer import bare, rows_of
 
@@ -72,7 +69,7 @@ class Run:
         self.teacher.copies = Copies(lora, config.rank, config.targets, config.gradient_checkpointing)
         method = objective_class(config.method)
         self.real = method.uses_real(options)
-        with blank.weightless(), torch.random.fork_rng(devices=[]), without_pairs(self.teacher):
+        with blank.weightless(), torch.random.fork_rng(devices=[]), placeholders():
             self.generator = new_student(config, options, self.teacher)
             guidance = guidance_of(config, self.teacher)
             self.objective: Objective = method(options, self.teacher, self.generator, guidance, Path(), Path())
@@ -133,7 +130,7 @@ class Run:
 
     def turns(self) -> dict[str, Turn]:
         """The players' turns in an update."""
-        with without_pairs(self.teacher):
+        with placeholders():
             return turns_of(self.objective, self.members, self.config, self.batch, self.modules)
 
     @torch.no_grad()
@@ -159,26 +156,3 @@ def optimizer_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
     if name == "adamw":
         return sum(8 * size + 4 for size in sizes)
     return sum(8 * size if size < 4096 else 2 * (size + 4 * -(-size // 256)) + 2048 for size in sizes)
-
-
-@contextmanager
-def without_pairs(teacher: Teacher) -> Iterator[None]:
-    """Pairs of noise and sample, and points of trajectories, are zeros inside: to make them takes weights."""
-
-    def made(self: Any, folder: Any, teacher: Teacher, *args: Any, **kwargs: Any) -> None:
-        return None
-
-    def draw(self: Any, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
-        conditions = rng.integers(teacher.classes)
-        z = rng.normal(teacher.shape)
-        return z, torch.zeros_like(z), conditions
-
-    def point(self: Any, rng: Rng) -> Point:
-        z, zeros, conditions = draw(self, rng)
-        t = teacher.denoiser.schedule.at(rng.uniform())
-        return Point(z, rng.integers(1), t, zeros, rng.uniform(), conditions)
-
-    pairs: dict[str, Any] = {"__init__": made, "draw": draw}
-    trajectories: dict[str, Any] = {"__init__": made, "draw": point}
-    with patch.multiple(PairCache, **pairs), patch.multiple(GuidedTrajectories, **trajectories):
-        yield

@@ -126,8 +126,8 @@ def start_from(source: Path, network: Any, name: str) -> None:
         ) from error
 
 
-def make_trainer(config: TrainConfig, options: Any, cache: Path | None = None) -> Trainer:
-    """Everything a run trains; caches are kept in `cache`, by default `config.cache_folder`.
+def make_trainer(config: TrainConfig, options: Any) -> Trainer:
+    """Everything a run trains; caches are kept in `config.cache_folder`.
 
     Raises ValueError for options that do not fit the teacher, its data or the number of processes.
     """
@@ -145,7 +145,7 @@ def make_trainer(config: TrainConfig, options: Any, cache: Path | None = None) -
     torch.manual_seed(config.seed)  # of the networks that start from scratch
     with accelerator.main_process_first():  # one process fills the cache, the others find it
         guidance = guidance_of(config, teacher)
-        objective = method(options, teacher, generator, guidance, cache or config.cache_folder, config.folder)
+        objective = method(options, teacher, generator, guidance, config.cache_folder, config.folder)
     if config.iterations <= objective.settled:
         raise ValueError(
             f"iterations {config.iterations} end before the last stage of {config.method}, which begins at step "

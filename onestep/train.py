@@ -5,12 +5,10 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -108,10 +106,11 @@ def _train(config: TrainConfig, options: Any, method_options: type, restart: boo
 
 
 def _dry_run(config: TrainConfig, options: Any) -> int:
+    from .data.placeholders import placeholders
     from .run import make_trainer
 
-    with tempfile.TemporaryDirectory() as cache:
-        print(describe(config, options, make_trainer(config, options, Path(cache))))
+    with placeholders():
+        print(describe(config, options, make_trainer(config, options)))
     return 0
 
 

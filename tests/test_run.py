@@ -18,6 +18,7 @@ import onestep.export
 import onestep.metrics
 import onestep.teacher
 from onestep.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from onestep.data.shards import Shards
 from onestep.metrics.provenance import sha256_of_weights
 from onestep.teacher import Facts
 from onestep.train import main
@@ -206,6 +207,36 @@ def test_a_dry_run_writes_nothing(
     assert main([*small, "--dry-run", "--regression", "1", "--pairs", "4", "--pair-steps", "1"]) == 0
     output = capsys.readouterr().out
     assert "method: dmd2\n" in output and "  critic: UNet2DModel, " in output and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["dmd", "kd", "regression", "hipa", "instaflow", "agd"])
+def test_a_dry_run_makes_no_samples_of_the_teacher(
+    method: str, tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def build(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("samples are made")
+
+    monkeypatch.setattr(Shards, "build", build)
+    teacher = "fashion" if method == "agd" else str(tiny_teacher)  # the small one has no unconditional branch
+    assert (
+        main(
+            [
+                "--teacher",
+                teacher,
+                "--device",
+                "cpu",
+                "--method",
+                method,
+                "--iterations",
+                "5000",
+                "--warmup",
+                "0",
+                "--dry-run",
+            ]
+        )
+        == 0
+    )
+    assert f"method: {method}\n" in capsys.readouterr().out
 
 
 def test_restart_moves_the_old_run_aside(small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
