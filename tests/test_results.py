@@ -1,5 +1,6 @@
 """The numbers of eval/RESULTS.md are those that the report shows of the rows in eval/rows/."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,21 @@ def test_several_and_smaller_students_are_those_of_the_results() -> None:
         size, way = str(row.row["name"]).split(", ")
         (line,) = (cells for cells in LINES if cells[0] == size and (cells[2] == "none") == way.startswith("without"))
         assert line[3:] == [row.numbers["FD"].text, row.numbers["class_accuracy"].text]
+
+
+def test_guidance_in_one_pass_is_that_of_the_rows() -> None:
+    rows = [json.loads(line) for line in (ROOT / "eval" / "rows" / "agd.jsonl").read_text().splitlines()]
+    for one, two in zip(rows[::2], rows[1::2], strict=True):
+        assert (
+            one["guidance"] == two["guidance"]
+            and one["name"] == two["name"]
+            and one["weights_sha256"] == two["weights_sha256"]
+        )
+        fd = [row["FD_proxy"] for row in (one, two)]
+        kind = "retrieval@10" if "retrieval@10" in one else "class_accuracy"
+        right = [row[kind] for row in (one, two)]
+        line = [f"{one['guidance']:g}", *(f"{each:.2f}" for each in (*fd, fd[0] / fd[1]))]
+        line += [*(f"{each:.1%}".replace("%", " %") for each in right), f"{right[0] / right[1]:.3f}"]
+        line += [f"{one['passes_per_image']:.0f}, {two['passes_per_image']:.0f}"]
+        line += [f"{one['seconds_per_image'] / two['seconds_per_image']:.2f}"]
+        assert line in LINES
