@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import stat
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -63,14 +64,26 @@ def check_output(path: Path) -> None:
 
 def append(row: dict[str, Any], path: Path) -> None:
     """One write of one whole line, after a line that a kill has torn: lines of runs side by side do not mix."""
-    torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-    line = "\n" * torn + json.dumps(row, allow_nan=False) + "\n"
+    line = json.dumps(row, allow_nan=False) + "\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, line.encode())
-        os.fsync(descriptor)
+        whole = stat.S_ISREG(os.fstat(descriptor).st_mode)  # and no pipe or terminal
+        os.write(descriptor, ("\n" * (whole and _torn(path)) + line).encode())
+        if whole:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _torn(path: Path) -> bool:
+    """Whether a file's last line has no end. One that cannot be read counts as whole."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            return file.read() not in (b"", b"\n")
+    except OSError:
+        return False
 
 
 def device_of(name: str) -> str:

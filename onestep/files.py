@@ -64,6 +64,9 @@ def save_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[str
 
 
 def differences_from(path: Path, settings: Mapping[str, Any]) -> str:
-    """Where the settings in a JSON file are others than these, as in "steps: 4 and 8; seed: 0 and 1", or nothing."""
+    """Where the settings in a JSON file are others than these, as in "steps: 4 and 8; seed: 0 and 1", or nothing.
+
+    Entries that the file alone has are not looked at. Raises ValueError for a file that is no JSON.
+    """
     before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
     return "; ".join(f"{name}: {before.get(name)} and {now[name]}" for name in now if before.get(name) != now[name])

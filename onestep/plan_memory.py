@@ -14,8 +14,7 @@ from .objectives import Batch, Objective, objective_class
 from .plan_ledger import Ledger, Turn, bytes_of, tensors_of, turns_of
 from .plan_teacher import Blank
 from .rng import Rng
-from .run import DTYPES, guidance_of, new_student
-from .teacher import Copies
+from .run import DTYPES, copies_of, guidance_of, new_student
 from .teacher.text import TextTeacher
 from .trainer import bare, rows_of
 
@@ -64,9 +63,7 @@ class Run:
         self.config, self.processes = config, processes
         self.rows = rows_of(config, processes)
         self.teacher = blank.teacher(DTYPES[config.weights], config.resolution)
-        players = {"student": config.student, "critic": config.critic}
-        lora = frozenset(player for player, kind in players.items() if kind == "lora")
-        self.teacher.copies = Copies(lora, config.rank, config.targets, config.gradient_checkpointing)
+        self.teacher.copies = copies_of(config)
         method = objective_class(config.method)
         self.real = method.uses_real(options)
         with blank.weightless(), torch.random.fork_rng(devices=[]), placeholders():

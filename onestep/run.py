@@ -22,6 +22,7 @@ from .guided_export import export_guided
 from .guided_sampler import GuidedSampler
 from .multi_student import restricted
 from .objectives import objective_class
+from .pipelines.adapter_guidance import SUBFOLDER
 from .saved import RESULTS_NAME, saved_options
 from .second_time import WEIGHT
 from .smaller import smaller
@@ -43,10 +44,15 @@ def loaded(config: TrainConfig, device: torch.device | str) -> Teacher:
     teacher = load_teacher(config.teacher, device, DTYPES[config.weights], config.resolution, config.cache_folder)
     if config.attention == "xformers":
         use_xformers(teacher)
+    teacher.copies = copies_of(config)
+    return teacher
+
+
+def copies_of(config: TrainConfig) -> Copies:
+    """How copies of the teacher's network are made: which players are adapters, of what size, and what is recomputed."""
     players = {"student": config.student, "critic": config.critic}
     lora = frozenset(player for player, kind in players.items() if kind == "lora")
-    teacher.copies = Copies(lora, config.rank, config.targets, config.gradient_checkpointing)
-    return teacher
+    return Copies(lora, config.rank, config.targets, config.gradient_checkpointing)
 
 
 def use_xformers(teacher: Teacher) -> None:
@@ -62,9 +68,9 @@ def use_xformers(teacher: Teacher) -> None:
 
 
 def new_student(config: TrainConfig, options: Any, teacher: Teacher) -> Generator:
-    """A copy of the teacher, or a smaller network, as a generator that starts at sigma/alpha = init_rho.
+    """What the method makes of the teacher itself, else a copy, or a smaller network, that starts at sigma/alpha = init_rho.
 
-    Raises ValueError where one of them does not fit.
+    Raises ValueError for options that do not fit the method or the teacher.
     """
     method, small = objective_class(config.method), config.student_blocks is not None or config.student_width != 1
     generator = method.student(options, teacher, config.student_steps)
@@ -78,9 +84,9 @@ def new_student(config: TrainConfig, options: Any, teacher: Teacher) -> Generato
 
 
 def make_student(config: TrainConfig, options: Any, teacher: Teacher) -> Generator:
-    """A new student, which has the weights of `init` if there is one.
+    """A new student with the weights of `init`, if there is one, and noise of the size that its export is given.
 
-    Raises ValueError where they do not fit.
+    Raises ValueError for options, or weights, that do not fit the method or the teacher.
     """
     generator = new_student(config, options, teacher)
     denoiser = generator.denoiser
@@ -108,6 +114,11 @@ def start_from(source: Path, network: Any, name: str) -> None:
     try:
         if checkpoint is not None:
             weights = read_weights(checkpoint, "average")
+        elif (source / name).is_dir() and not hasattr(type(network), "from_pretrained"):
+            raise ValueError(
+                f"{source} has the weights of a whole {name}, and this student is adapters on the teacher's own: type "
+                "--init with the folder of a run that trained such adapters, or leave it out"
+            )
         elif (source / name).is_dir():
             weights = type(network).from_pretrained(source / name).state_dict()
         else:
@@ -117,13 +128,24 @@ def start_from(source: Path, network: Any, name: str) -> None:
             )
         kept = {key: value for key, value in network.state_dict().items() if key.endswith(INPUTS)}  # may be new
         network.load_state_dict(kept | weights, strict=True)
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
-        stock = checkpoint is not None and (source / "export" / name).is_dir()  # without a method's own inputs
         raise ValueError(
-            f"the weights in {source} do not fit the teacher's {name}: {reason}. Type "
-            + (f"--init {source / 'export'}" if stock else "another --init")
+            f"the weights in {source} do not fit the teacher's {name}: {reason}. Type {_instead(source, network, name)}"
         ) from error
+
+
+def _instead(source: Path, network: Any, name: str) -> str:
+    """What to type where the weights of a run, or a folder, are no start for this network."""
+    exported = source / "export"
+    if (exported / SUBFOLDER).is_dir():
+        return f"--teacher {exported}, which is guided by the adapters of that run"
+    checkpoint = latest_checkpoint(source / "checkpoints", "average")
+    if checkpoint is not None and (exported / name).is_dir():
+        more = read_weights(checkpoint, "average").keys() - network.state_dict().keys()
+        if more and all(key.endswith(INPUTS) for key in more):
+            return f"--init {exported}, which has not the inputs of that run's method"
+    return "another --init"
 
 
 def make_trainer(config: TrainConfig, options: Any) -> Trainer:

@@ -117,7 +117,8 @@ def jump(
 def gains(grid: Grid, prediction: Prediction) -> Tensor:
     """|d x_(n-1) / d output| / (alpha^2 + sigma^2)^(1/2) of DDIM's step from level n, alpha and sigma those of n - 1.
 
-    Shape (size + 1,): by how much of what is there an error of the output moves it. Level 0 has no step, and 0.
+    Shape (size + 1,), in the grid's precision: by how much of what is there an error of the output moves it. Level 0 has
+    no step, and 0.
     """
     level = torch.arange(1, grid.size + 1, device=grid.times.device)
     zero = torch.zeros_like(grid.alpha[1:])

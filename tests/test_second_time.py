@@ -1,6 +1,7 @@
 """A second time as a network's input: nothing at first, each sample's own, a bias once it is fixed, and kept in files."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from onestep.denoiser import Denoiser, body, follow
 from onestep.exporting import stored_network
 from onestep.run import start_from
 from onestep.second_time import FEATURES, KEY, WEIGHT, TimedLinear, add_second_time, folded, layers, timed
-from onestep.teacher import Teacher
+from onestep.teacher import Copies, Teacher
 from onestep.train import main
 
 SECONDS = (0.0, 0.4, 1.0)
@@ -224,6 +225,25 @@ def test_weights_with_and_without_it_are_a_start(run: tuple[list[str], Path], ti
 def test_a_network_without_it_is_sent_to_the_export(run: tuple[list[str], Path]) -> None:
     _, folder = run
     plain = teacher_of("edm").copy("student").network
-    with pytest.raises(ValueError, match=rf"do not fit the teacher's unet: .* Type --init {folder / 'export'}$"):
+    with pytest.raises(
+        ValueError, match=rf"do not fit the teacher's unet: .* Type --init {folder / 'export'}, which has not"
+    ):
         start_from(folder, plain, "unet")
     start_from(folder / "export", plain, "unet")
+
+
+def test_other_networks_are_sent_elsewhere(run: tuple[list[str], Path], tmp_path: Path) -> None:
+    """A run whose export would not do either, one of guidance adapters, and a whole network for an adapter."""
+    _, folder = run
+    teacher = teacher_of("edm")
+    other = copy.deepcopy(teacher.copy("student").network)
+    other.class_embedding = None
+    with pytest.raises(ValueError, match=r"Type another --init$"):
+        start_from(folder, other, "unet")
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "export/guidance_adapter").mkdir(parents=True)
+    with pytest.raises(ValueError, match=f"Type --teacher {tmp_path / 'export'}, which is guided"):
+        start_from(tmp_path, other, "unet")
+    teacher.copies = Copies(frozenset({"student"}), 4)
+    with pytest.raises(ValueError, match="this student is adapters on the teacher's own: type --init"):
+        start_from(folder / "export", teacher.copy("student").network, "unet")

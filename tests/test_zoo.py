@@ -345,6 +345,15 @@ def test_a_torn_line_costs_no_other(tmp_path: Path):
     assert zoo.rows_of(path) == [{"a": 1}, {"a": 3}] and zoo.rows_of(tmp_path / "none") == []
 
 
+def test_a_row_goes_into_what_is_no_file_too(tmp_path: Path):
+    zoo.append({"a": 1}, Path(os.devnull))
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    zoo.append({"a": 2}, tmp_path / "pipe")
+    assert os.read(reader, 100) == b'{"a": 2}\n'
+    os.close(reader)
+
+
 @pytest.mark.parametrize("teacher", ("fashion", "digits"))
 def test_the_entries_of_the_project_resolve_to_what_they_say(teacher: str, tmp_path: Path):
     job, entries = zoo.parse(["--teacher", teacher, "--output", str(tmp_path)])

@@ -31,7 +31,10 @@ def _point(self: Any, rng: Rng) -> Point:
 
 @contextmanager
 def placeholders() -> Iterator[None]:
-    """Caches of teacher samples are not made inside: what is drawn from them is zeros, in the shapes of the real ones."""
+    """Caches of teacher samples are not made inside: what is drawn from them is zeros, in the shapes of the real ones.
+
+    They have `teacher` and `draw`, and nothing else.
+    """
     with (
         patch.multiple(PairCache, __init__=_made, draw=_pair),
         patch.multiple(GuidedTrajectories, __init__=_made, draw=_point),
