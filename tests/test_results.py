@@ -72,3 +72,11 @@ def test_guidance_in_one_pass_is_that_of_the_rows() -> None:
         line += [f"{one['passes_per_image']:.0f}, {two['passes_per_image']:.0f}"]
         line += [f"{one['seconds_per_image'] / two['seconds_per_image']:.2f}"]
         assert line in LINES
+
+
+def test_one_step_students_of_emoji_are_those_of_the_rows() -> None:
+    rows = [json.loads(line) for line in (ROOT / "eval" / "rows" / "emoji.jsonl").read_text().splitlines()]
+    assert len(rows) == 2
+    for row in rows:
+        (line,) = (cells for cells in LINES if cells[0].lower().startswith(row["name"]) and cells[1] == f"{row['FD']:.2f}")
+        assert line[2:] == [f"{row[name]:.1%}".replace("%", " %") for name in ("retrieval@1", "retrieval@10")]
