@@ -29,13 +29,14 @@ def test_every_row_is_a_line_of_the_results(name: str) -> None:
         )
 
 
-def test_means_over_seeds_are_those_of_the_results() -> None:
-    path = ROOT / "eval" / "rows" / "digits_seeds.jsonl"
+@pytest.mark.parametrize("name", ["digits_seeds", "digits_wide"])
+def test_means_over_seeds_are_those_of_the_results(name: str) -> None:
+    path = ROOT / "eval" / "rows" / f"{name}.jsonl"
     lines = {(cells[0], cells[1]): cells for cells in LINES if len(cells) == 9 and cells[2] == "3"}
     for table in tables(read([path])):
         assert len(table.seeds) == 3 * len({line.row["name"] for line in table.rows})
-        for name, seeds, texts in table.seeds:
-            method, _, steps = name.partition(", steps ")
+        for shown, seeds, texts in table.seeds:
+            method, _, steps = shown.partition(", steps ")
             line = lines[method, steps]
             assert seeds == "0, 1, 2"
             assert [line[3], line[5], line[6]] == [texts[score] for score in ("FD", "precision", "recall")]
