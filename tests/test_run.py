@@ -218,24 +218,8 @@ def test_a_dry_run_makes_no_samples_of_the_teacher(
 
     monkeypatch.setattr(Shards, "build", build)
     teacher = "fashion" if method == "agd" else str(tiny_teacher)  # the small one has no unconditional branch
-    assert (
-        main(
-            [
-                "--teacher",
-                teacher,
-                "--device",
-                "cpu",
-                "--method",
-                method,
-                "--iterations",
-                "5000",
-                "--warmup",
-                "0",
-                "--dry-run",
-            ]
-        )
-        == 0
-    )
+    argv = ["--teacher", teacher, "--device", "cpu", "--method", method, "--iterations", "5000", "--warmup", "0"]
+    assert main([*argv, "--dry-run"]) == 0
     assert f"method: {method}\n" in capsys.readouterr().out
 
 
