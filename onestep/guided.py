@@ -13,13 +13,14 @@ KEY = "adapter_guidance"
 """Name of the guidance among a batch's conditions, shape (B,) or (1,); without it the network runs without adapters."""
 
 SITES: dict[str, tuple[str, str]] = {
-    "DiTTransformer2DModel": ("attn1", "transformer_blocks.0.norm1.emb"),
+    "DiTTransformer2DModel": ("attn1", "norm1.emb"),
     "PixArtTransformer2DModel": ("attn2", "adaln_single.emb"),
     "SD3Transformer2DModel": ("attn", "time_text_embed"),
     "SanaTransformer2DModel": ("attn2", "time_embed.emb"),
     "UNet2DConditionModel": ("attn2", "time_embedding"),
 }
-"""By a network's class: which attention of a block is adapted, and what embeds the time, with the class if any."""
+"""By a network's class: which attention of a block is adapted, and what embeds the time, with the class if any; how their
+paths end. A DiT embeds it in every block."""
 
 
 class Guided(nn.Module):
@@ -77,15 +78,16 @@ def adapter_for(
         raise ValueError(
             f"no guidance adapters are known for a {name}; allowed are {', '.join(SITES)}: type another --teacher"
         )
-    end, embedder = SITES[name]
-    layers = [path for path, module in network.named_modules() if path.endswith("." + end) and module is not None]
+    layers, embedders = (
+        [path for path, _ in network.named_modules() if f".{path}".endswith(f".{end}")] for end in SITES[name]
+    )
     text = None if name == "DiTTransformer2DModel" else text_width(network)
     about: dict[str, Any] = {
         "kind": kind,
         "layers": layers,
         "widths": [width_of(network.get_submodule(path)) for path in layers],
-        "embedder": embedder,
-        "time_width": time_width(network.get_submodule(embedder)),
+        "embedders": embedders,
+        "time_width": time_width(network.get_submodule(embedders[0])),
         "text_width": text,
         "pipeline": pipeline,
         "low": limits[0],

@@ -176,7 +176,7 @@ def fitted(kind: str, stds: tuple[float, float], t: list[int], w: list[float]) -
     teacher = closed(stds)
     base = teacher.denoiser.network
     torch.manual_seed(0)
-    adapter = GuidanceAdapter(kind, 8, ["block"], [1], "clock", 2).double()
+    adapter = GuidanceAdapter(kind, 8, ["block"], [1], ["clock"], 2).double()
     student = Denoiser(Guided(base, adapter), base.schedule, PREDICTIONS["epsilon"], told(teacher.call))
     quantiles = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(24, dtype=torch.float64) + 0.5) / 24)
     rows = torch.cartesian_prod(quantiles, torch.tensor(t).double(), torch.tensor(w).double())

@@ -108,9 +108,10 @@ def mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
 class GuidanceAdapter(ModelMixin, ConfigMixin):
     """The adapters of all blocks: block l of a frozen network becomes h <- Attn_l(h) + A_l(h; w, t, c) (AGD, section 4).
 
-    `layers` are the paths of the network's attentions and `widths` their output's. `embedder` is the path of what embeds the
-    time (and class) as (B, time_width); text_width is that of prompt tokens, None where there are none. `low` and `high`
-    are the guidance that it is trained on, `pipeline` the stock class that its network is sampled with.
+    `layers` are the paths of the network's attentions and `widths` their output's. `embedders` are the paths of what embeds
+    the time (and class) as (B, time_width): the first is read, and adapters of the kind "mlp" add an offset to them all.
+    text_width is that of prompt tokens, None where there are none. `low` and `high` are the guidance that it is trained on,
+    `pipeline` the stock class that its network is sampled with.
     """
 
     @register_to_config
@@ -120,7 +121,7 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
         hidden: int,
         layers: list[str],
         widths: list[int],
-        embedder: str,
+        embedders: list[str],
         time_width: int,
         text_width: int | None = None,
         pipeline: str = "",
@@ -131,6 +132,11 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
         self.scale, self.time = ScalarEncoder(hidden), nn.Linear(time_width, hidden)
         self.text = None if text_width is None else nn.Linear(text_width, hidden)
         self.blocks = nn.ModuleList(KINDS[kind](width, hidden) for width in widths)
+        self.offsets = nn.ModuleList(Offset(time_width, hidden) for _ in embedders if kind == "mlp")
+
+    def gain(self, guidance: Tensor) -> Tensor:
+        """What all adapters are multiplied by, (B,): w - 1, as guidance adds w - 1 of a difference, over half the range."""
+        return 2 * (guidance - 1) / (self.config.high - self.config.low)
 
     def tokens(self, guidance: Tensor, time: Tensor, text: Tensor | None) -> Tensor:
         """[w, t, prompt ...] of a batch, (B, 2 + L, hidden), from guidance (B,) or (1,), time (B, width) and text."""
@@ -150,10 +156,11 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
             for path, width in zip(self.config.layers, self.config.widths)
             if path not in modules or width_of(modules[path]) != width
         ]
-        if wrong or self.config.embedder not in modules:
+        wrong += [path for path in self.config.embedders if path not in modules]
+        if wrong:
             raise ValueError(
-                f"these adapters do not fit a {type(network).__name__} without {(wrong or [self.config.embedder])[0]} of "
-                "their width: load a checkpoint of the base that they were trained on"
+                f"these adapters do not fit a {type(network).__name__} without {wrong[0]} of their width: load a checkpoint "
+                "of the base that they were trained on"
             )
 
 
@@ -171,19 +178,25 @@ def attached(network: nn.Module, adapter: GuidanceAdapter, guidance: Tensor) -> 
         here.clear()
         here["given"] = kwargs
 
-    def read(module: nn.Module, args: Any, time: Tensor) -> None:
-        if "tokens" in here:  # a DiT embeds its time once more for its last layer
-            return
-        text, mask = (here["given"].get(name) for name in ("encoder_hidden_states", "encoder_attention_mask"))
-        here["tokens"], here["mask"] = adapter.tokens(guidance, time, text), None
-        if text is not None and mask is not None:
-            here["mask"] = F.pad(mask.bool(), (2, 0), value=True)
+    def embedding(offset: nn.Module | None) -> Callable[..., Any]:
+        def embed(module: nn.Module, args: Any, time: Tensor) -> Tensor | None:
+            if "tokens" not in here:  # a DiT embeds its time once more for its last layer
+                text, mask = (here["given"].get(name) for name in ("encoder_hidden_states", "encoder_attention_mask"))
+                here["tokens"], here["mask"] = adapter.tokens(guidance, time, text), None
+                here["gain"] = adapter.gain(guidance).to(here["tokens"])[:, None]
+                if text is not None and mask is not None:
+                    here["mask"] = F.pad(mask.bool(), (2, 0), value=True)
+            if offset is None:
+                return None
+            return time + (here["gain"] * offset(time, here["tokens"], here["mask"])[:, 0]).to(time.dtype)
+
+        return embed
 
     def adding(block: nn.Module) -> Callable[..., Any]:
         def add(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             tokens = here["tokens"]
-            more = block(hidden.to(tokens.dtype), tokens, here["mask"])
+            more = here["gain"][..., None] * block(hidden.to(tokens.dtype), tokens, here["mask"])
             if isinstance(result, tuple):  # the picture's tokens, then those of the prompt
                 return (result[0] + more.to(result[0].dtype), *result[1:])
             return result + more.to(result.dtype)
@@ -191,7 +204,9 @@ def attached(network: nn.Module, adapter: GuidanceAdapter, guidance: Tensor) -> 
         return add
 
     hooks = [network.register_forward_pre_hook(begin, with_kwargs=True)]
-    hooks.append(network.get_submodule(adapter.config.embedder).register_forward_hook(read))
+    embedders = adapter.config.embedders
+    for path, offset in zip(embedders, adapter.offsets or [None] * len(embedders)):
+        hooks.append(network.get_submodule(path).register_forward_hook(embedding(offset)))
     for path, block in zip(adapter.config.layers, adapter.blocks):
         hooks.append(network.get_submodule(path).register_forward_hook(adding(block), with_kwargs=True))
     try:
