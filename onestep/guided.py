@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .pipelines.adapter_guidance import GuidanceAdapter, attached, width_of
+from .lora.targets import TARGETS
+from .pipelines.adapter_guidance import GuidanceAdapter, attached, widths_of
 
 KEY = "adapter_guidance"
 """Name of the guidance among a batch's conditions, shape (B,) or (1,); without it the network runs without adapters."""
@@ -78,14 +79,14 @@ def adapter_for(
         raise ValueError(
             f"no guidance adapters are known for a {name}; allowed are {', '.join(SITES)}: type another --teacher"
         )
-    layers, embedders = (
-        [path for path, _ in network.named_modules() if f".{path}".endswith(f".{end}")] for end in SITES[name]
-    )
+    attention, embedder = SITES[name]
+    layers = linear_layers(network) if kind == "low-rank" else ending(network, attention)
+    embedders = ending(network, embedder)
     text = None if name == "DiTTransformer2DModel" else text_width(network)
     about: dict[str, Any] = {
         "kind": kind,
         "layers": layers,
-        "widths": [width_of(network.get_submodule(path)) for path in layers],
+        "widths": [widths_of(network.get_submodule(path)) for path in layers],
         "embedders": embedders,
         "time_width": time_width(network.get_submodule(embedders[0])),
         "text_width": text,
@@ -98,6 +99,17 @@ def adapter_for(
         torch.manual_seed(seed)
         made = GuidanceAdapter(hidden=hidden or width_for(about, wanted), **about)
     return made.to(next(network.parameters()).device)
+
+
+def ending(network: nn.Module, *ends: str) -> list[str]:
+    """Paths of the modules whose last names are one of these."""
+    dotted = tuple(f".{end}" for end in ends)
+    return [path for path, _ in network.named_modules() if f".{path}".endswith(dotted)]
+
+
+def linear_layers(network: nn.Module) -> list[str]:
+    """Paths of the linear layers that LoRA adapts by default, and of those that modulate a block."""
+    return [path for path in ending(network, *TARGETS, "norm1.linear") if isinstance(network.get_submodule(path), nn.Linear)]
 
 
 def count(module: nn.Module) -> int:

@@ -78,7 +78,10 @@ def test_adapters_start_as_the_base_and_then_depend_on_guidance(family: str, kin
     assert torch.equal(fresh.output(x, t, cond | {KEY: w}), plain)
     made = student_of(teacher, kind)
     trained = made.denoiser
-    assert len(trained.network.adapter.config.layers) == SITES[family]
+    layers = trained.network.adapter.config.layers
+    assert (
+        len(layers) == SITES[family] if kind != "low-rank" else {"to_q", "to_v"} < {path.split(".")[-1] for path in layers}
+    )
     before = trained.output(x, t, cond | {KEY: w})
     after = trained.output(x, t, cond | {KEY: w + torch.tensor([0.0, 1.0, 0.0])})
     moved = (before - after).flatten(1).abs().amax(1) > 1e-4
@@ -122,7 +125,7 @@ def test_padding_of_a_prompt_is_not_seen() -> None:
         student = student_of(teacher, kind).denoiser
         cond = inputs(teacher)[2]
         adapter, text, seen = student.network.adapter, cond["encoder_hidden_states"], cond["encoder_attention_mask"]
-        hidden, flags = torch.randn(3, 5, adapter.config.widths[0]), nn.functional.pad(seen.bool(), (2, 0), value=True)
+        hidden, flags = torch.randn(3, 5, adapter.config.widths[0][0]), nn.functional.pad(seen.bool(), (2, 0), value=True)
         other = torch.where(seen.bool()[..., None], text, text + 1.0)
         time = torch.randn(3, adapter.config.time_width)
         results = [adapter.blocks[0](hidden, adapter.tokens(torch.ones(1), time, each), flags) for each in (text, other)]
@@ -176,7 +179,7 @@ def fitted(kind: str, stds: tuple[float, float], t: list[int], w: list[float]) -
     teacher = closed(stds)
     base = teacher.denoiser.network
     torch.manual_seed(0)
-    adapter = GuidanceAdapter(kind, 8, ["block"], [1], ["clock"], 2).double()
+    adapter = GuidanceAdapter(kind, 8, ["block"], [(1, 1)], ["clock"], 2).double()
     student = Denoiser(Guided(base, adapter), base.schedule, PREDICTIONS["epsilon"], told(teacher.call))
     quantiles = torch.distributions.Normal(0.0, 1.0).icdf((torch.arange(24, dtype=torch.float64) + 0.5) / 24)
     rows = torch.cartesian_prod(quantiles, torch.tensor(t).double(), torch.tensor(w).double())
@@ -225,7 +228,7 @@ def test_offsets_have_a_floor_for_unequal_variances_and_others_have_not() -> Non
     case: Any = ((0.4, 1.1), [400], [3.0])
     first, last, floor = fitted("offset", *case)
     assert first > 1.1 * floor > 0.01 and last == pytest.approx(floor, rel=1e-6)
-    for kind in ("attention", "mlp"):
+    for kind in ("attention", "mlp", "low-rank"):
         _, last, floor = fitted(kind, *case)
         assert last < 0.02 * floor
 

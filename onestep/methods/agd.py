@@ -22,7 +22,9 @@ class AGDConfig(MethodConfig):
     INSISTS: ClassVar[Mapping[str, Any]] = {"init_rho": None, "batch_size": 64, "student": "lora"}
 
     adapter: str = option(
-        "mlp", "a vector a block, attention to guidance and prompt, or an MLP", choices=("offset", "attention", "mlp")
+        "mlp",
+        "a vector a block, attention to guidance and prompt, MLPs and offsets of the time's embedding, or LoRA told guidance",
+        choices=("offset", "attention", "mlp", "low-rank"),
     )
     hidden: int = option(0, "width of the adapters; 0 means what --share asks for", minimum=0)
     share: float = option(0.02, "parameters of the adapters as a fraction of the network's", above=0)

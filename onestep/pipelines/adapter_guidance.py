@@ -55,9 +55,9 @@ class Offset(nn.Module):
 class Attention(nn.Module):
     """Attention of one head from a block's input to the tokens [w, t, prompt ...]; zero at first."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, inputs: int, width: int, hidden: int):
         super().__init__()
-        self.query, self.last = nn.Linear(width, hidden), zeroed(nn.Linear(hidden, width))
+        self.query, self.last = nn.Linear(inputs, hidden), zeroed(nn.Linear(hidden, width))
         self.key, self.value = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
 
     def forward(self, hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -70,9 +70,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """W2 silu((1 + a) W1 h + b) of a block's input h, (a, b) = V silu(w + t + the mean of the prompt); zero at first."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, inputs: int, width: int, hidden: int):
         super().__init__()
-        self.first, self.last = nn.Linear(width, hidden), zeroed(nn.Linear(hidden, width))
+        self.first, self.last = nn.Linear(inputs, hidden), zeroed(nn.Linear(hidden, width))
         self.modulation = nn.Linear(hidden, 2 * hidden)
 
     def forward(self, hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
@@ -80,14 +80,41 @@ class MLP(nn.Module):
         return self.last(F.silu((1 + scale) * self.first(hidden) + shift))
 
 
-KINDS: dict[str, Callable[[int, int], nn.Module]] = {"offset": Offset, "attention": Attention, "mlp": MLP}
-"""Adapters of one block: (width of the block, hidden width) -> module of (hidden states, tokens, mask)."""
+class LowRank(nn.Module):
+    """B ((1 + a) A x + b) of a linear layer's input x, rank hidden / 8, (a, b) = V silu(w + t + the mean of the prompt).
+
+    Zero at first.
+    """
+
+    def __init__(self, inputs: int, width: int, hidden: int):
+        super().__init__()
+        rank = hidden // 8
+        self.first, self.last = nn.Linear(inputs, rank, bias=False), zeroed(nn.Linear(rank, width, bias=False))
+        self.modulation = zeroed(nn.Linear(hidden, 2 * rank))
+
+    def forward(self, x: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        scale, shift = expanded(self.modulation(F.silu(summed(tokens, mask))), x).chunk(2, dim=-1)
+        return self.last((1 + scale) * self.first(x) + shift)
+
+
+KINDS: dict[str, Callable[[int, int, int], nn.Module]] = {
+    "offset": lambda inputs, width, hidden: Offset(width, hidden),
+    "attention": Attention,
+    "mlp": MLP,
+    "low-rank": LowRank,
+}
+"""Adapters of one layer: (width of its input, of its output, hidden width) -> module of (its input, tokens, mask)."""
+
+
+def expanded(vectors: Tensor, like: Tensor) -> Tensor:
+    """(B, C) -> (B, 1, ..., C), to broadcast against `like` (B, ..., anything)."""
+    return vectors.view(len(vectors), *(1,) * (like.ndim - 2), -1)
 
 
 def zeroed(linear: nn.Linear) -> nn.Linear:
     """A linear layer that maps everything to zero until it is trained: adapters start as no change."""
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
     return linear
 
 
@@ -108,7 +135,8 @@ def mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
 class GuidanceAdapter(ModelMixin, ConfigMixin):
     """The adapters of all blocks: block l of a frozen network becomes h <- Attn_l(h) + A_l(h; w, t, c) (AGD, section 4).
 
-    `layers` are the paths of the network's attentions and `widths` their output's. `embedders` are the paths of what embeds
+    `layers` are the paths of the network's attentions, of the kind "low-rank" of its linear layers, and `widths` those of
+    their input and output. `embedders` are the paths of what embeds
     the time (and class) as (B, time_width): the first is read, and adapters of the kind "mlp" add an offset to them all.
     text_width is that of prompt tokens, None where there are none. `low` and `high` are the guidance that it is trained on,
     `pipeline` the stock class that its network is sampled with.
@@ -120,7 +148,7 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
         kind: str,
         hidden: int,
         layers: list[str],
-        widths: list[int],
+        widths: list[tuple[int, int]],
         embedders: list[str],
         time_width: int,
         text_width: int | None = None,
@@ -131,7 +159,7 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
         super().__init__()
         self.scale, self.time = ScalarEncoder(hidden), nn.Linear(time_width, hidden)
         self.text = None if text_width is None else nn.Linear(text_width, hidden)
-        self.blocks = nn.ModuleList(KINDS[kind](width, hidden) for width in widths)
+        self.blocks = nn.ModuleList(KINDS[kind](*width, hidden) for width in widths)
         self.offsets = nn.ModuleList(Offset(time_width, hidden) for _ in embedders if kind == "mlp")
 
     def gain(self, guidance: Tensor) -> Tensor:
@@ -154,7 +182,7 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
         wrong = [
             path
             for path, width in zip(self.config.layers, self.config.widths)
-            if path not in modules or width_of(modules[path]) != width
+            if path not in modules or widths_of(modules[path]) != tuple(width)
         ]
         wrong += [path for path in self.config.embedders if path not in modules]
         if wrong:
@@ -164,9 +192,11 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
             )
 
 
-def width_of(attention: Any) -> int:
-    """Width of what an attention layer of diffusers puts out."""
-    return attention.to_out[0].out_features
+def widths_of(layer: Any) -> tuple[int, int]:
+    """Widths of what a linear layer, or an attention layer of diffusers, takes and puts out."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.to_q.in_features, layer.to_out[0].out_features
 
 
 @contextmanager
@@ -196,7 +226,7 @@ def attached(network: nn.Module, adapter: GuidanceAdapter, guidance: Tensor) -> 
         def add(module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             tokens = here["tokens"]
-            more = here["gain"][..., None] * block(hidden.to(tokens.dtype), tokens, here["mask"])
+            more = expanded(here["gain"], hidden) * block(hidden.to(tokens.dtype), tokens, here["mask"])
             if isinstance(result, tuple):  # the picture's tokens, then those of the prompt
                 return (result[0] + more.to(result[0].dtype), *result[1:])
             return result + more.to(result.dtype)
