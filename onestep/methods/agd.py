@@ -23,7 +23,7 @@ class AGDConfig(MethodConfig):
 
     adapter: str = option(
         "mlp",
-        "a vector a block, attention to guidance and prompt, MLPs and offsets of the time's embedding, or LoRA told guidance",
+        "a vector a block, attention to guidance and prompt, MLPs with offsets of the time embedding, or LoRA told guidance",
         choices=("offset", "attention", "mlp", "low-rank"),
     )
     hidden: int = option(0, "width of the adapters; 0 means what --share asks for", minimum=0)
