@@ -24,7 +24,7 @@ from onestep.guided_export import export_guided
 from onestep.guided_sampler import GuidedSampler
 from onestep.objectives.agd import AGD
 from onestep.objectives.dmd2 import DMD2
-from onestep.pipelines.adapter_guidance import KINDS, AdapterGuidancePipeline, GuidanceAdapter, mean
+from onestep.pipelines.adapter_guidance import KINDS, AdapterGuidancePipeline, GuidanceAdapter, mean, zeroed
 from onestep.prediction import PREDICTIONS
 from onestep.rng import Rng
 from onestep.schedule import VP
@@ -88,6 +88,35 @@ def test_adapters_start_as_the_base_and_then_depend_on_guidance(family: str, kin
     assert moved.tolist() == [False, True, False] and not torch.equal(before, plain)
     assert torch.equal(trained.output(x, t, cond), plain) and torch.equal(teacher.denoiser.output(x, t, cond), plain)
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in teacher.denoiser.network.modules())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_1_is_the_plain_conditional(kind: str) -> None:
+    """Adapters, trained ones too, are times w - 1: bit for bit nothing at 1."""
+    teacher = teacher_of("dit")
+    x, t, cond, _ = inputs(teacher)
+    denoiser: Any = student_of(teacher, kind).denoiser
+    assert torch.equal(denoiser.output(x, t, cond | {KEY: torch.ones(3)}), teacher.denoiser.output(x, t, cond))
+    gain = denoiser.network.adapter.gain(torch.tensor([1.0, 3.5, 6.0]))
+    torch.testing.assert_close(gain, torch.tensor([0.0, 1.0, 2.0]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mlp_adapters_also_move_what_embeds_the_time(family: str) -> None:
+    """In a DiT that of every block; they alone change the output, and leave nothing on the base."""
+    teacher = teacher_of(family)
+    x, t, cond, _ = inputs(teacher)
+    plain = teacher.denoiser.output(x, t, cond)
+    for number in range(2 if family == "dit" else 1):
+        denoiser: Any = student_of(teacher, "mlp").denoiser
+        adapter = denoiser.network.adapter
+        assert len(adapter.offsets) == len(adapter.config.embedders) == (2 if family == "dit" else 1)
+        for each in (*adapter.blocks, *adapter.offsets[:number], *adapter.offsets[number + 1 :]):
+            zeroed(each.last)
+        with torch.no_grad():
+            moved = denoiser.output(x, t, cond | {KEY: torch.full((3,), 3.0)})
+        assert float((moved - plain).flatten(1).abs().amax(1).min()) > 1e-5
+    assert torch.equal(teacher.denoiser.output(x, t, cond), plain)
 
 
 def test_only_adapters_are_trained_and_copies_share_the_base() -> None:
