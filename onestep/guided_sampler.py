@@ -6,7 +6,7 @@ from torch import Tensor
 from .denoiser import Cond, Denoiser
 from .generator import Generator
 from .guided import KEY
-from .trajectory import Grid, jump
+from .trajectory import Grid, ddim
 
 
 class GuidedSampler(Generator):
@@ -29,9 +29,4 @@ class GuidedSampler(Generator):
     def forward(self, z: Tensor, cond: Cond, noises: object = ()) -> Tensor:
         grid = Grid(self.denoiser.schedule, len(self.times), device=z.device)
         given = cond if self.guidance == 1 else cond | {KEY: torch.full((1,), self.guidance, device=z.device)}
-        x = self.denoiser.schedule.init_sigma * z
-        for number in range(grid.size, 0, -1):
-            level = torch.full((len(z),), number, device=z.device)
-            x_0 = self.denoiser(x, grid.time(level, x), given)
-            x = jump(x, x_0, grid.levels(level, x), grid.levels(level - 1, x))
-        return x
+        return ddim(lambda x, t: self.denoiser(x, t, given), grid, z)

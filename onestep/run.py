@@ -17,13 +17,15 @@ from .config import CONFIG_NAME, PROG, TrainConfig, flat
 from .data import Data
 from .denoiser import body
 from .exporting import export, export_lora
+from .files import replaced
 from .generator import Generator, steps_from
 from .guided_export import export_guided
 from .guided_sampler import GuidedSampler
+from .guided_strength import matched_strength, set_strength
 from .multi_student import restricted
 from .objectives import objective_class
 from .pipelines.adapter_guidance import SUBFOLDER
-from .saved import RESULTS_NAME, saved_options
+from .saved import RESULTS_NAME, STRENGTH_NAME, saved_options
 from .second_time import WEIGHT
 from .smaller import smaller
 from .teacher import Copies, Teacher, load_teacher
@@ -224,6 +226,8 @@ def export_run(
         return lora_snippet(teacher, target, generator)
     card = card_of(config, options, teacher)
     if isinstance(generator, GuidedSampler):
+        if (run / STRENGTH_NAME).is_file():
+            set_strength(generator, json.loads((run / STRENGTH_NAME).read_text())["strength"])
         return export_guided(generator, teacher, target, kind, card)
     export(generator, teacher, target, kind, card)
     _repeat_score(run, target / teacher.network_name, len(generator.times))
@@ -261,6 +265,7 @@ def finish(trainer: Trainer, options: Any) -> None:
     trainer.draw(picture)
     generator, card = trainer.averaged(), card_of(config, options, teacher)
     if isinstance(generator, GuidedSampler):
+        _calibrate(generator, trainer, options.calibrate)
         code = export_guided(generator, teacher, target, dtype, card)
         print("\n".join([f"picture: {picture}", f"export:  {target}", "", "Use it:", "", code]))
         return
@@ -272,6 +277,16 @@ def finish(trainer: Trainer, options: Any) -> None:
         lines.append(_best(trainer))
     code = snippet(teacher, target, len(generator.times), dtype, asked_guidance(generator, card.guidance))
     print("\n".join([*lines, "", "Use it:", "", code]))
+
+
+def _calibrate(generator: GuidedSampler, trainer: Trainer, count: int) -> None:
+    """Set the strength of the adapters by so many samples, 0 leaves it, and keep it for later exports of the run."""
+    strength = matched_strength(generator, trainer.teacher, count) if count else 1.0
+    set_strength(generator, strength)
+    with replaced(trainer.folder / STRENGTH_NAME) as partial:
+        partial.write_text(json.dumps({"strength": strength, "samples": count}) + "\n")
+    if count:
+        print(f"strength of the adapters: {strength:.3f}, by {count} samples")
 
 
 def _best(trainer: Trainer) -> str:

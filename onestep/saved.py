@@ -8,6 +8,7 @@ from .methods import config_class
 from .teacher import facts_of
 
 RESULTS_NAME = "results.jsonl"
+STRENGTH_NAME = "strength.json"
 SCORE = ("<!-- score -->\n", "<!-- /score -->\n")
 """What is before and after the score in a model card."""
 

@@ -114,6 +114,16 @@ def jump(
     return alpha_s * x_0 + sigma_s * noise
 
 
+def ddim(x_0_of: Callable[[Tensor, Tensor], Tensor], grid: Grid, z: Tensor) -> Tensor:
+    """The sample at the end of DDIM through all levels of `grid`, from the noise z; `x_0_of` is (x_t, t) -> x0."""
+    x = grid.schedule.init_sigma * z
+    for number in range(grid.size, 0, -1):
+        level = torch.full((len(z),), number, device=z.device)
+        x_0 = x_0_of(x, grid.time(level, x))
+        x = jump(x, x_0, grid.levels(level, x), grid.levels(level - 1, x))
+    return x
+
+
 def gains(grid: Grid, prediction: Prediction) -> Tensor:
     """|d x_(n-1) / d output| / (alpha^2 + sigma^2)^(1/2) of DDIM's step from level n, alpha and sigma those of n - 1.
 

@@ -2,6 +2,8 @@
 
 import ast
 import copy
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ from onestep.card import Card
 from onestep.data.keys import weights_key
 from onestep.data.trajectories import GuidedTrajectories, guided_output, guided_way
 from onestep.denoiser import Denoiser, body
+from onestep.export import main as reexport
 from onestep.generator import Generator
 from onestep.guided import KEY, Guided, adapter_for, count, told
 from onestep.guided_export import export_guided
 from onestep.guided_sampler import GuidedSampler
+from onestep.guided_strength import matched_strength
 from onestep.objectives.agd import AGD
 from onestep.objectives.dmd2 import DMD2
 from onestep.pipelines.adapter_guidance import KINDS, AdapterGuidancePipeline, GuidanceAdapter, mean, zeroed
@@ -195,6 +199,7 @@ class Block(nn.Module):
 
 class Clock(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
+        self.now = timestep
         u = timestep.double()[:, None] / 1000
         return torch.cat([u, (3 * u).sin()], dim=1)
 
@@ -290,6 +295,33 @@ def test_guided_trajectories_have_the_moments_of_the_guided_gaussian(w: float) -
         assert float(x_t.var()) == pytest.approx(alpha**2 * 0.36 + sigma**2, abs=0.02)
         far = max(far, abs(float(x_t.mean()) - alpha * MU[0]))
     assert (far > 1.0) == (w > 1)
+
+
+class PartOfTheOffset(nn.Module):
+    """`part` of the exact guidance between Gaussians of equal variances, whatever x_t is."""
+
+    def __init__(self, base: Classes, part: float):
+        super().__init__()
+        self.base, self.part = base, part
+
+    def forward(self, hidden: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        alpha, sigma = (c[:, None, None] for c in linear_vp().coefficients(self.base.clock.now))
+        own = (self.base.label == 0).double()[:, None, None]  # others are the null class's
+        return -2.5 * own * self.part * sigma * alpha / (alpha**2 * 0.36 + sigma**2) * (MU[0] - MU[3])  # 2.5: half the range
+
+
+@pytest.mark.parametrize(("part", "expected"), [(0.8, 1.25), (1.25, 0.8), (0.3, 2.0)])
+def test_strength_is_how_much_less_adapters_guide_than_two_passes(part: float, expected: float) -> None:
+    """DDIM moves a sample in proportion to an offset here, so that 1 / part is exact; never beyond 2. Five passes a step."""
+    teacher = closed((0.6, 0.6))
+    base = teacher.denoiser.network
+    adapter = GuidanceAdapter("offset", 8, ["block"], [(1, 1)], ["clock"], 2, strength=1.5).double()
+    adapter.blocks[0] = PartOfTheOffset(base, part)
+    denoiser = Denoiser(Guided(base, adapter), base.schedule, PREDICTIONS["epsilon"], told(teacher.call))
+    calls = Calls(base)
+    found = matched_strength(GuidedSampler(denoiser, 10, 3.0), teacher, 70)
+    assert found == pytest.approx(expected, rel=1e-5) and adapter.config.strength == 1.5
+    assert calls.finished == 10 * 70 * 5
 
 
 # --- trajectories
@@ -466,6 +498,11 @@ def test_a_run_with_prompts_and_its_score(
     ]
     run = [*given, *small, "--iterations", "2", "--warmup", "1", "--student-steps", "2", "--guidance", "2"]
     assert train([*run, "--output", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]) == 0
+    strength = json.loads((tmp_path / "run/strength.json").read_text())["strength"]
+    about = tmp_path / "run/export/guidance_adapter/config.json"
+    assert 0.5 <= strength <= 2 and json.loads(about.read_text())["strength"] == strength != 1
+    shutil.rmtree(tmp_path / "run/export")
+    assert reexport([str(tmp_path / "run")]) == 0 and json.loads(about.read_text())["strength"] == strength
     argv = [str(tmp_path / "run" / "export"), "--output", str(tmp_path / "rows.jsonl")]
     assert script.main([*argv, "--protocol", "fashion-10k"]) == 2
     assert "fashion-10k is not for a StableDiffusionPipeline" in capsys.readouterr().err

@@ -37,6 +37,9 @@ class AGDConfig(MethodConfig):
     trajectory_steps: int = option(50, "steps of a trajectory, two passes of the teacher each", minimum=1)
     trajectory_points: int = option(50, "steps of each that are kept in the cache, a divisor of its steps", minimum=1)
     trajectory_batch: int = option(64, "trajectories that the teacher makes at once", minimum=1)
+    calibrate: int = option(
+        32, "samples by which the adapters are made to guide as far as two passes do, at the end; 0: as learnt", minimum=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -139,7 +139,7 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
     their input and output. `embedders` are the paths of what embeds
     the time (and class) as (B, time_width): the first is read, and adapters of the kind "mlp" add an offset to them all.
     text_width is that of prompt tokens, None where there are none. `low` and `high` are the guidance that it is trained on,
-    `pipeline` the stock class that its network is sampled with.
+    `pipeline` the stock class that its network is sampled with, and `strength` a factor of all that is added.
     """
 
     @register_to_config
@@ -155,6 +155,7 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
         pipeline: str = "",
         low: float = 1.0,
         high: float = 6.0,
+        strength: float = 1.0,
     ):
         super().__init__()
         self.scale, self.time = ScalarEncoder(hidden), nn.Linear(time_width, hidden)
@@ -164,7 +165,7 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
 
     def gain(self, guidance: Tensor) -> Tensor:
         """What all adapters are multiplied by, (B,): w - 1, as guidance adds w - 1 of a difference, over half the range."""
-        return 2 * (guidance - 1) / (self.config.high - self.config.low)
+        return self.config.strength * 2 * (guidance - 1) / (self.config.high - self.config.low)
 
     def tokens(self, guidance: Tensor, time: Tensor, text: Tensor | None) -> Tensor:
         """[w, t, prompt ...] of a batch, (B, 2 + L, hidden), from guidance (B,) or (1,), time (B, width) and text."""
