@@ -88,7 +88,7 @@ class LowRank(nn.Module):
 
     def __init__(self, inputs: int, width: int, hidden: int):
         super().__init__()
-        rank = hidden // 8
+        rank = max(hidden // 8, 1)
         self.first, self.last = nn.Linear(inputs, rank, bias=False), zeroed(nn.Linear(rank, width, bias=False))
         self.modulation = zeroed(nn.Linear(hidden, 2 * rank))
 
