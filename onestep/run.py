@@ -262,10 +262,11 @@ def finish(trainer: Trainer, options: Any) -> None:
     """Export, score by the teacher's protocol, and print where everything is and how to use it; for one process."""
     config, teacher, folder = trainer.config, trainer.teacher, trainer.folder
     picture, target, dtype = folder / "grid.png", folder / "export", DTYPES[config.export_dtype]
-    trainer.draw(picture)
     generator, card = trainer.averaged(), card_of(config, options, teacher)
     if isinstance(generator, GuidedSampler):
         _calibrate(generator, trainer, options.calibrate)
+    trainer.draw(picture)
+    if isinstance(generator, GuidedSampler):
         code = export_guided(generator, teacher, target, dtype, card)
         print("\n".join([f"picture: {picture}", f"export:  {target}", "", "Use it:", "", code]))
         return
