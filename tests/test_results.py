@@ -65,7 +65,7 @@ def test_guidance_in_one_pass_is_that_of_the_rows() -> None:
             and one["name"] == two["name"]
             and one["weights_sha256"] == two["weights_sha256"]
         )
-        fd = [row["FD_proxy"] for row in (one, two)]
+        fd = [row["FD"] if "FD" in row else row["FD_proxy"] for row in (one, two)]
         kind = "retrieval@10" if "retrieval@10" in one else "class_accuracy"
         right = [row[kind] for row in (one, two)]
         line = [f"{one['guidance']:g}", *(f"{each:.2f}" for each in (*fd, fd[0] / fd[1]))]
