@@ -31,7 +31,7 @@ def matched_strength(generator: GuidedSampler, teacher: Teacher, count: int, see
     From the same noise, x_1 is the unguided sample, x_w that of guidance w ~ U[low, high] in two passes a step, and x(k)
     that of the adapters times k; |.| is the root mean square over a sample. Adapters are fitted by least squares, and leave
     out what they cannot explain: they guide too little, by a share that hardly depends on w. k is found by two steps of the
-    secant method, with five passes of the network for each step of a sample.
+    secant method, with five passes of the network for each step of a sample. 1 where guidance moves no sample.
     """
     config = adapter_of(generator).config
     grid, starts = Grid(teacher.denoiser.schedule, len(generator.times), device=teacher.device), list[Start]()
@@ -49,6 +49,8 @@ def matched_strength(generator: GuidedSampler, teacher: Teacher, count: int, see
         return sum(float((a - b).flatten(1).square().mean(1).sqrt().sum()) for a, b in zip(moved, plain))
 
     wanted = far(samples(teacher.denoiser))
+    if wanted == 0:
+        return 1.0
 
     def size(strength: float) -> float:
         set_strength(generator, strength)

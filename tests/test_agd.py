@@ -324,6 +324,15 @@ def test_strength_is_how_much_less_adapters_guide_than_two_passes(part: float, e
     assert calls.finished == 10 * 70 * 5
 
 
+def test_strength_is_1_where_guidance_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as with a teacher that has not learnt its conditions."""
+    monkeypatch.setitem(MU, 0, MU[3])
+    teacher = closed((0.6, 0.6))
+    adapter = GuidanceAdapter("offset", 8, ["block"], [(1, 1)], ["clock"], 2).double()
+    denoiser = teacher.guided_by(adapter)
+    assert matched_strength(GuidedSampler(denoiser, 3, 3.0), teacher, 4) == 1.0
+
+
 # --- trajectories
 
 

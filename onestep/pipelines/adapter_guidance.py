@@ -136,10 +136,10 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
     """The adapters of all blocks: block l of a frozen network becomes h <- Attn_l(h) + A_l(h; w, t, c) (AGD, section 4).
 
     `layers` are the paths of the network's attentions, of the kind "low-rank" of its linear layers, and `widths` those of
-    their input and output. `embedders` are the paths of what embeds
-    the time (and class) as (B, time_width): the first is read, and adapters of the kind "mlp" add an offset to them all.
-    text_width is that of prompt tokens, None where there are none. `low` and `high` are the guidance that it is trained on,
-    `pipeline` the stock class that its network is sampled with, and `strength` a factor of all that is added.
+    their input and output. `embedders` are the paths of what embeds the time (and class) as (B, time_width): the first is
+    read, and adapters of the kind "mlp" add an offset to them all. text_width is that of prompt tokens, None where there are
+    none. `low` and `high` are the guidance that it is trained on, `pipeline` the stock class that its network is sampled
+    with, and `strength` a factor of all that is added.
     """
 
     @register_to_config
