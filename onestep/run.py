@@ -21,7 +21,7 @@ from .files import replaced
 from .generator import Generator, steps_from
 from .guided_export import export_guided
 from .guided_sampler import GuidedSampler
-from .guided_strength import matched_strength, set_strength
+from .guided_strength import Strength, matched_strength, set_strength
 from .multi_student import restricted
 from .objectives import objective_class
 from .pipelines.adapter_guidance import SUBFOLDER
@@ -227,7 +227,8 @@ def export_run(
     card = card_of(config, options, teacher)
     if isinstance(generator, GuidedSampler):
         if (run / STRENGTH_NAME).is_file():
-            set_strength(generator, json.loads((run / STRENGTH_NAME).read_text())["strength"])
+            kept = json.loads((run / STRENGTH_NAME).read_text())
+            set_strength(generator, Strength(kept["strength"], kept.get("tilt", 0.0)))
         return export_guided(generator, teacher, target, kind, card)
     export(generator, teacher, target, kind, card)
     _repeat_score(run, target / teacher.network_name, len(generator.times))
@@ -282,12 +283,13 @@ def finish(trainer: Trainer, options: Any) -> None:
 
 def _calibrate(generator: GuidedSampler, trainer: Trainer, count: int) -> None:
     """Set the strength of the adapters by so many samples, 0 leaves it, and keep it for later exports of the run."""
-    strength = matched_strength(generator, trainer.teacher, count) if count else 1.0
+    strength = matched_strength(generator, trainer.teacher, count) if count else Strength()
     set_strength(generator, strength)
     with replaced(trainer.folder / STRENGTH_NAME) as partial:
-        partial.write_text(json.dumps({"strength": strength, "samples": count}) + "\n")
+        partial.write_text(json.dumps(strength._asdict() | {"samples": count}) + "\n")
     if count:
-        print(f"strength of the adapters: {strength:.3f}, by {count} samples")
+        low, high = (strength.strength + sign * strength.tilt for sign in (-1, 1))
+        print(f"strength of the adapters: {low:.3f} to {high:.3f} from the least to the most guidance, by {count} samples")
 
 
 def _best(trainer: Trainer) -> str:

@@ -25,7 +25,7 @@ from onestep.generator import Generator
 from onestep.guided import KEY, Guided, adapter_for, count, told
 from onestep.guided_export import export_guided
 from onestep.guided_sampler import GuidedSampler
-from onestep.guided_strength import matched_strength
+from onestep.guided_strength import Strength, matched_strength
 from onestep.objectives.agd import AGD
 from onestep.objectives.dmd2 import DMD2
 from onestep.pipelines.adapter_guidance import KINDS, AdapterGuidancePipeline, GuidanceAdapter, mean, zeroed
@@ -320,8 +320,25 @@ def test_strength_is_how_much_less_adapters_guide_than_two_passes(part: float, e
     denoiser = Denoiser(Guided(base, adapter), base.schedule, PREDICTIONS["epsilon"], told(teacher.call))
     calls = Calls(base)
     found = matched_strength(GuidedSampler(denoiser, 10, 3.0), teacher, 70)
-    assert found == pytest.approx(expected, rel=1e-5) and adapter.config.strength == 1.5
+    assert found == pytest.approx((expected, 0), rel=1e-5, abs=1e-5) and adapter.config.strength == 1.5
     assert calls.finished == 10 * 70 * 5
+
+
+@pytest.mark.parametrize(("middle", "tilt"), [(1.25, -0.15), (0.9, 0.2)])
+def test_strength_follows_guidance(middle: float, tilt: float) -> None:
+    """Adapters that are too weak by a factor linear in w; and the line within the range, its ends beyond it."""
+    teacher = closed((0.6, 0.6))
+    base = teacher.denoiser.network
+    adapter = GuidanceAdapter("offset", 8, ["block"], [(1, 1)], ["clock"], 2).double()
+    adapter.blocks[0] = PartOfTheOffset(base, 1.0)
+    adapter.gain = lambda w: GuidanceAdapter.gain(adapter, w) / (middle + tilt * (w - 3.5) / 2.5)  # type: ignore[method-assign]
+    denoiser = Denoiser(Guided(base, adapter), base.schedule, PREDICTIONS["epsilon"], told(teacher.call))
+    found = matched_strength(GuidedSampler(denoiser, 10, 3.0), teacher, 200)
+    assert found == pytest.approx((middle, tilt), abs=0.01)
+    adapter.register_to_config(**found._asdict())
+    w = torch.tensor([1.0, 3.5, 6.0, 11.0])
+    wanted = torch.tensor([-1.0, 0.0, 1.0, 1.0]) * found.tilt + found.strength
+    torch.testing.assert_close(GuidanceAdapter.gain(adapter, w), wanted * (w - 1) / 2.5)
 
 
 def test_strength_is_1_where_guidance_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +347,7 @@ def test_strength_is_1_where_guidance_moves_nothing(monkeypatch: pytest.MonkeyPa
     teacher = closed((0.6, 0.6))
     adapter = GuidanceAdapter("offset", 8, ["block"], [(1, 1)], ["clock"], 2).double()
     denoiser = teacher.guided_by(adapter)
-    assert matched_strength(GuidedSampler(denoiser, 3, 3.0), teacher, 4) == 1.0
+    assert matched_strength(GuidedSampler(denoiser, 3, 3.0), teacher, 4) == (1.0, 0.0) == Strength()
 
 
 # --- trajectories
@@ -507,11 +524,14 @@ def test_a_run_with_prompts_and_its_score(
     ]
     run = [*given, *small, "--iterations", "2", "--warmup", "1", "--student-steps", "2", "--guidance", "2"]
     assert train([*run, "--output", str(tmp_path / "run"), "--cache", str(tmp_path / "cache")]) == 0
-    strength = json.loads((tmp_path / "run/strength.json").read_text())["strength"]
+    kept = tmp_path / "run/strength.json"
+    strength = json.loads(kept.read_text())["strength"]
     about = tmp_path / "run/export/guidance_adapter/config.json"
     assert 0.5 <= strength <= 2 and json.loads(about.read_text())["strength"] == strength != 1
     shutil.rmtree(tmp_path / "run/export")
-    assert reexport([str(tmp_path / "run")]) == 0 and json.loads(about.read_text())["strength"] == strength
+    kept.write_text('{"strength": 1.25, "tilt": -0.5, "samples": 32}')
+    assert reexport([str(tmp_path / "run")]) == 0
+    assert [json.loads(about.read_text())[name] for name in ("strength", "tilt")] == [1.25, -0.5]
     argv = [str(tmp_path / "run" / "export"), "--output", str(tmp_path / "rows.jsonl")]
     assert script.main([*argv, "--protocol", "fashion-10k"]) == 2
     assert "fashion-10k is not for a StableDiffusionPipeline" in capsys.readouterr().err

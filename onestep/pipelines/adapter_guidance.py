@@ -139,7 +139,7 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
     their input and output. `embedders` are the paths of what embeds the time (and class) as (B, time_width): the first is
     read, and adapters of the kind "mlp" add an offset to them all. text_width is that of prompt tokens, None where there are
     none. `low` and `high` are the guidance that it is trained on, `pipeline` the stock class that its network is sampled
-    with, and `strength` a factor of all that is added.
+    with, and `strength` a factor of all that is added in the middle of that range, `strength` - and + `tilt` at its ends.
     """
 
     @register_to_config
@@ -156,6 +156,7 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
         low: float = 1.0,
         high: float = 6.0,
         strength: float = 1.0,
+        tilt: float = 0.0,
     ):
         super().__init__()
         self.scale, self.time = ScalarEncoder(hidden), nn.Linear(time_width, hidden)
@@ -164,8 +165,14 @@ class GuidanceAdapter(ModelMixin, ConfigMixin):
         self.offsets = nn.ModuleList(Offset(time_width, hidden) for _ in embedders if kind == "mlp")
 
     def gain(self, guidance: Tensor) -> Tensor:
-        """What all adapters are multiplied by, (B,): w - 1, as guidance adds w - 1 of a difference, over half the range."""
-        return self.config.strength * 2 * (guidance - 1) / (self.config.high - self.config.low)
+        """What all adapters are multiplied by, (B,): w - 1, as guidance adds w - 1 of a difference, over half the range.
+
+        And by their strength at w, which is linear in w within the range, and beyond it that of its end.
+        """
+        about = self.config
+        half, middle = (about.high - about.low) / 2, (about.high + about.low) / 2
+        strength = about.strength + about.tilt * ((guidance - middle) / half).clamp(-1, 1)
+        return strength * (guidance - 1) / half
 
     def tokens(self, guidance: Tensor, time: Tensor, text: Tensor | None) -> Tensor:
         """[w, t, prompt ...] of a batch, (B, 2 + L, hidden), from guidance (B,) or (1,), time (B, width) and text."""
