@@ -1,5 +1,6 @@
-"""How strongly guidance adapters act: set so that they move samples as far as two passes of the network do."""
+"""How strongly guidance adapters act: set so that they move samples as far as two passes of the network do, or as near."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,14 @@ from .trajectory import Grid, ddim
 
 LIMITS = (0.5, 2.0)
 BATCH = 64
+STEP = 0.1
+
+
+class Strength(NamedTuple):
+    """What adapters are multiplied by in the middle of their range of guidance, and how much more at its upper end."""
+
+    strength: float = 1.0
+    tilt: float = 0.0
 
 
 class Start(NamedTuple):
@@ -24,56 +33,92 @@ class Start(NamedTuple):
     w: Tensor
 
 
-class Strength(NamedTuple):
-    """What adapters are multiplied by in the middle of their range of guidance, and how much more at its upper end."""
-
-    strength: float = 1.0
-    tilt: float = 0.0
-
-
 @torch.no_grad()
-def matched_strength(generator: GuidedSampler, teacher: Teacher, count: int, seed: int = 0) -> Strength:
-    """k(w), linear in w, with E |x(k) - x_1| = E |x_w - x_1| in each half of the range, over `count` samples.
+def matched_strength(
+    generator: GuidedSampler, teacher: Teacher, count: int, to: str = "distance", seed: int = 0
+) -> Strength:
+    """k(w), linear in w, by `count` samples of the generator's steps, of guidance evenly spaced over [low, high].
 
     From the same noise, x_1 is the unguided sample, x_w that of two passes a step, and x(k) that of the adapters times k;
-    |.| is the root mean square over a sample, of the generator's steps. Adapters are fitted by least squares, and leave out
-    what they cannot explain: they guide too little. k at a quarter and at three quarters of the range, both in 1/2 .. 2, is
-    found by two steps of the secant method, with five passes of the network for each step of a sample. 1 everywhere where
-    guidance moves no sample of a half. Guidance w is evenly spaced over [low, high].
+    |.| is the root mean square over a sample. k is in 1/2 .. 2 at a quarter and at three quarters of the range, and
+
+        to "distance":  E |x(k) - x_1| = E |x_w - x_1| in each half   two steps of the secant method, five passes a step
+        to "samples":   E |x(k) - x_w|^2 is the least                 one step of Gauss and Newton's, four passes
+
+    Adapters are fitted by least squares, and leave out what they cannot explain: they guide too little. To act as far as two
+    passes, what they do explain becomes more than it is. 1 where guidance moves no sample of a half.
     """
-    config = adapter_of(generator).config
-    grid, starts = Grid(teacher.denoiser.schedule, len(generator.times), device=teacher.device), list[Start]()
-    place = (torch.arange(count, device=teacher.device) + 0.5) / count
-    for number, part in enumerate(place.split(BATCH)):
-        rng = Rng(seed, number, len(part), device=teacher.device)
-        w = config.low + (config.high - config.low) * part
-        starts.append(Start(rng.normal(teacher.shape), rng.integers(teacher.classes), w))
-
-    def samples(denoiser: Denoiser, guides: bool = True) -> Tensor:
-        return torch.cat([_sample(denoiser, teacher, grid, start, guides) for start in starts])
-
-    plain = samples(teacher.denoiser, guides=False)
-
-    def far(moved: Tensor) -> Tensor:
-        each = (moved - plain).flatten(1).square().mean(1).sqrt()
-        return torch.stack([each[place < 0.5].sum(), each[place >= 0.5].sum()])
-
-    wanted = far(samples(teacher.denoiser))
-    if not bool((wanted > 0).all()):
-        return Strength()
-
-    def size(k: Tensor) -> Tensor:
-        set_strength(generator, _line(k))
-        return far(samples(generator.denoiser)) / wanted
-
+    config, both = adapter_of(generator).config, Samples(generator, teacher, count, seed)
     try:
-        one = torch.ones_like(wanted)
-        once = size(one)
-        guess = (1 / once.clamp_min(1e-6)).clamp(*LIMITS)
-        slope = torch.where(guess == 1, one, (size(guess) - once) / (guess - 1))
-        return _line(torch.where(slope > 0, 1 + (1 - once) / slope, guess).clamp(*LIMITS))
+        return RULES[to](both)
     finally:
         set_strength(generator, Strength(config.strength, config.tilt))
+
+
+class Samples:
+    """Samples of a teacher and of adapters of it, of the same noise, conditions and guidance; all (count, D)."""
+
+    def __init__(self, generator: GuidedSampler, teacher: Teacher, count: int, seed: int):
+        config, self.generator, self.teacher = adapter_of(generator).config, generator, teacher
+        self.grid = Grid(teacher.denoiser.schedule, len(generator.times), device=teacher.device)
+        self.place = (torch.arange(count, device=teacher.device) + 0.5) / count
+        self.starts = list[Start]()
+        for number, part in enumerate(self.place.split(BATCH)):
+            rng, w = Rng(seed, number, len(part), device=teacher.device), config.low + (config.high - config.low) * part
+            self.starts.append(Start(rng.normal(teacher.shape), rng.integers(teacher.classes), w))
+
+    def of(self, denoiser: Denoiser, guides: bool = True) -> Tensor:
+        """Those that `denoiser` makes."""
+        return torch.cat([_sample(denoiser, self.teacher, self.grid, start, guides) for start in self.starts]).flatten(1)
+
+    def at(self, k: Tensor) -> Tensor:
+        """Those of the adapters at strength k."""
+        set_strength(self.generator, line(k))
+        return self.of(self.generator.denoiser)
+
+    def halves(self, each: Tensor) -> Tensor:
+        """Sums over the lower and the upper half of the range of guidance, (count,) -> (2,)."""
+        return torch.stack([each[self.place < 0.5].sum(), each[self.place >= 0.5].sum()])
+
+
+def as_far(samples: Samples) -> Strength:
+    """As far from unguided samples as those of two passes."""
+    plain, two = (samples.of(samples.teacher.denoiser, guides) for guides in (False, True))
+
+    def far(moved: Tensor) -> Tensor:
+        return samples.halves((moved - plain).square().mean(1).sqrt())
+
+    wanted = far(two)
+    if not bool((wanted > 0).all()):
+        return Strength()
+    one = torch.ones_like(wanted)
+    once = far(samples.at(one)) / wanted
+    guess = (1 / once.clamp_min(1e-6)).clamp(*LIMITS)
+    slope = torch.where(guess == 1, one, (far(samples.at(guess)) / wanted - once) / (guess - 1))
+    return line(torch.where(slope > 0, 1 + (1 - once) / slope, guess).clamp(*LIMITS))
+
+
+def closest(samples: Samples) -> Strength:
+    """As near to the samples of two passes as can be."""
+    two, one = samples.of(samples.teacher.denoiser), samples.place.new_ones(2)
+    here, more = samples.at(one), samples.at(one * (1 + STEP))
+    along = (more - here) / STEP
+    size, wanted = along.square().sum(1), ((two - here) * along).sum(1)
+    if not bool((samples.halves(size) > 0).all()):
+        return Strength()
+    basis = torch.stack([1.5 - 2 * samples.place, 2 * samples.place - 0.5]).to(size)  # of lines, by their values at 1/4, 3/4
+    change = torch.linalg.solve((basis * size) @ basis.T, basis @ wanted)
+    return line((1 + change).clamp(*LIMITS))
+
+
+RULES: dict[str, Callable[[Samples], Strength]] = {"distance": as_far, "samples": closest}
+"""What the strength may be matched to."""
+
+
+def line(k: Tensor) -> Strength:
+    """The line through k (2,) at a quarter and at three quarters of the range."""
+    low, high = k.tolist()
+    return Strength((low + high) / 2, high - low)
 
 
 def set_strength(generator: GuidedSampler, strength: Strength) -> None:
@@ -86,12 +131,6 @@ def adapter_of(generator: GuidedSampler) -> Any:
     network = unwrap(generator.denoiser.network)
     assert isinstance(network, Guided)
     return network.adapter
-
-
-def _line(k: Tensor) -> Strength:
-    """The line through k (2,) at a quarter and at three quarters of the range."""
-    low, high = k.tolist()
-    return Strength((low + high) / 2, high - low)
 
 
 def _sample(denoiser: Denoiser, teacher: Teacher, grid: Grid, start: Start, guides: bool) -> Tensor:

@@ -265,7 +265,7 @@ def finish(trainer: Trainer, options: Any) -> None:
     picture, target, dtype = folder / "grid.png", folder / "export", DTYPES[config.export_dtype]
     generator, card = trainer.averaged(), card_of(config, options, teacher)
     if isinstance(generator, GuidedSampler):
-        _calibrate(generator, trainer, options.calibrate)
+        _calibrate(generator, trainer, options.calibrate, options.calibrate_to)
     trainer.draw(picture)
     if isinstance(generator, GuidedSampler):
         code = export_guided(generator, teacher, target, dtype, card)
@@ -281,12 +281,12 @@ def finish(trainer: Trainer, options: Any) -> None:
     print("\n".join([*lines, "", "Use it:", "", code]))
 
 
-def _calibrate(generator: GuidedSampler, trainer: Trainer, count: int) -> None:
+def _calibrate(generator: GuidedSampler, trainer: Trainer, count: int, to: str) -> None:
     """Set the strength of the adapters by so many samples, 0 leaves it, and keep it for later exports of the run."""
-    strength = matched_strength(generator, trainer.teacher, count) if count else Strength()
+    strength = matched_strength(generator, trainer.teacher, count, to) if count else Strength()
     set_strength(generator, strength)
     with replaced(trainer.folder / STRENGTH_NAME) as partial:
-        partial.write_text(json.dumps(strength._asdict() | {"samples": count}) + "\n")
+        partial.write_text(json.dumps(strength._asdict() | {"samples": count, "to": to}) + "\n")
     if count:
         low, high = (strength.strength + sign * strength.tilt for sign in (-1, 1))
         print(f"strength of the adapters: {low:.3f} to {high:.3f} from the least to the most guidance, by {count} samples")

@@ -300,7 +300,7 @@ def test_guided_trajectories_have_the_moments_of_the_guided_gaussian(w: float) -
 class PartOfTheOffset(nn.Module):
     """`part` of the exact guidance between Gaussians of equal variances, whatever x_t is."""
 
-    def __init__(self, base: Classes, part: float):
+    def __init__(self, base: Classes, part: float | Tensor):
         super().__init__()
         self.base, self.part = base, part
 
@@ -310,22 +310,37 @@ class PartOfTheOffset(nn.Module):
         return -2.5 * own * self.part * sigma * alpha / (alpha**2 * 0.36 + sigma**2) * (MU[0] - MU[3])  # 2.5: half the range
 
 
+@pytest.mark.parametrize(("to", "passes"), [("distance", 5), ("samples", 4)])
 @pytest.mark.parametrize(("part", "expected"), [(0.8, 1.25), (1.25, 0.8), (0.3, 2.0)])
-def test_strength_is_how_much_less_adapters_guide_than_two_passes(part: float, expected: float) -> None:
-    """DDIM moves a sample in proportion to an offset here, so that 1 / part is exact; never beyond 2. Five passes a step."""
+def test_strength_is_how_much_less_adapters_guide_than_two_passes(
+    part: float, expected: float, to: str, passes: int
+) -> None:
+    """DDIM moves a sample in proportion to an offset here, so that 1 / part is exact; never beyond 2."""
     teacher = closed((0.6, 0.6))
     base = teacher.denoiser.network
     adapter = GuidanceAdapter("offset", 8, ["block"], [(1, 1)], ["clock"], 2, strength=1.5).double()
     adapter.blocks[0] = PartOfTheOffset(base, part)
     denoiser = Denoiser(Guided(base, adapter), base.schedule, PREDICTIONS["epsilon"], told(teacher.call))
     calls = Calls(base)
-    found = matched_strength(GuidedSampler(denoiser, 10, 3.0), teacher, 70)
+    found = matched_strength(GuidedSampler(denoiser, 10, 3.0), teacher, 70, to)
     assert found == pytest.approx((expected, 0), rel=1e-5, abs=1e-5) and adapter.config.strength == 1.5
-    assert calls.finished == 10 * 70 * 5
+    assert calls.finished == 10 * 70 * passes
 
 
+@pytest.mark.parametrize(("to", "expected"), [("distance", 1.0), ("samples", 0.8)])
+def test_adapters_that_err_are_as_far_at_1_and_the_closest_below(to: str, expected: float) -> None:
+    """They guide every other sample by 1/2 and by 3/2: k E p = 1, and E p (k p - 1) = 0 at k = E p / E p^2 = 1 / 1.25."""
+    teacher = closed((0.6, 0.6))
+    base = teacher.denoiser.network
+    adapter = GuidanceAdapter("offset", 8, ["block"], [(1, 1)], ["clock"], 2).double()
+    adapter.blocks[0] = PartOfTheOffset(base, 0.5 + torch.arange(64)[:, None, None] % 2)
+    denoiser = Denoiser(Guided(base, adapter), base.schedule, PREDICTIONS["epsilon"], told(teacher.call))
+    assert matched_strength(GuidedSampler(denoiser, 10, 3.0), teacher, 256, to) == pytest.approx((expected, 0), abs=0.03)
+
+
+@pytest.mark.parametrize("to", ["distance", "samples"])
 @pytest.mark.parametrize(("middle", "tilt"), [(1.25, -0.15), (0.9, 0.2)])
-def test_strength_follows_guidance(middle: float, tilt: float) -> None:
+def test_strength_follows_guidance(middle: float, tilt: float, to: str) -> None:
     """Adapters that are too weak by a factor linear in w; and the line within the range, its ends beyond it."""
     teacher = closed((0.6, 0.6))
     base = teacher.denoiser.network
@@ -333,21 +348,22 @@ def test_strength_follows_guidance(middle: float, tilt: float) -> None:
     adapter.blocks[0] = PartOfTheOffset(base, 1.0)
     adapter.gain = lambda w: GuidanceAdapter.gain(adapter, w) / (middle + tilt * (w - 3.5) / 2.5)  # type: ignore[method-assign]
     denoiser = Denoiser(Guided(base, adapter), base.schedule, PREDICTIONS["epsilon"], told(teacher.call))
-    found = matched_strength(GuidedSampler(denoiser, 10, 3.0), teacher, 200)
-    assert found == pytest.approx((middle, tilt), abs=0.01)
+    found = matched_strength(GuidedSampler(denoiser, 10, 3.0), teacher, 200, to)
+    assert found == pytest.approx((middle, tilt), abs=0.02)
     adapter.register_to_config(**found._asdict())
     w = torch.tensor([1.0, 3.5, 6.0, 11.0])
     wanted = torch.tensor([-1.0, 0.0, 1.0, 1.0]) * found.tilt + found.strength
     torch.testing.assert_close(GuidanceAdapter.gain(adapter, w), wanted * (w - 1) / 2.5)
 
 
-def test_strength_is_1_where_guidance_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("to", ["distance", "samples"])
+def test_strength_is_1_where_guidance_moves_nothing(to: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as with a teacher that has not learnt its conditions."""
     monkeypatch.setitem(MU, 0, MU[3])
     teacher = closed((0.6, 0.6))
     adapter = GuidanceAdapter("offset", 8, ["block"], [(1, 1)], ["clock"], 2).double()
     denoiser = teacher.guided_by(adapter)
-    assert matched_strength(GuidedSampler(denoiser, 3, 3.0), teacher, 4) == (1.0, 0.0) == Strength()
+    assert matched_strength(GuidedSampler(denoiser, 3, 3.0), teacher, 4, to) == (1.0, 0.0) == Strength()
 
 
 # --- trajectories

@@ -40,6 +40,12 @@ class AGDConfig(MethodConfig):
     calibrate: int = option(
         32, "samples by which the adapters are made to guide as far as two passes do, at the end; 0: as learnt", minimum=0
     )
+    calibrate_to: str = option(
+        "distance",
+        "distance: samples as far from unguided ones as those of two passes; samples: as near to those of two passes as can "
+        "be, which guides less",
+        choices=("distance", "samples"),
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
