@@ -94,7 +94,7 @@ takes two. It is no few-step generator: sample it with as many steps as the teac
 | Licence of the teacher | {card.licence} |
 | Adapters | {about.kind}, width {about.hidden}, {own}; in `{SUBFOLDER}/` |
 | Guidance | {about.low:g} to {about.high:g}, in `uncond + guidance * (cond - uncond)`; beyond, they extrapolate |
-| Strength | {about.strength - about.tilt:.4g} to {about.strength + about.tilt:.4g}, to guide as far as two passes |
+| Strength | {about.strength - about.tilt:.4g} to {about.strength + about.tilt:.4g} over it, a factor of the adapters |
 | Another checkpoint of this base | `pipe.load_adapter(FOLDER)` with this folder |
 
 Trained with

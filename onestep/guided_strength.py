@@ -40,13 +40,13 @@ def matched_strength(
     """k(w), linear in w, by `count` samples of the generator's steps, of guidance evenly spaced over [low, high].
 
     From the same noise, x_1 is the unguided sample, x_w that of two passes a step, and x(k) that of the adapters times k;
-    |.| is the root mean square over a sample. k is in 1/2 .. 2 at a quarter and at three quarters of the range, and
+    |.| is the root mean square over a sample. k is in 1/2 .. 2, and, nearly where it is linear,
 
         to "distance":  E |x(k) - x_1| = E |x_w - x_1| in each half   two steps of the secant method, five passes a step
         to "samples":   E |x(k) - x_w|^2 is the least                 one step of Gauss and Newton's, four passes
 
     Adapters are fitted by least squares, and leave out what they cannot explain: they guide too little. To act as far as two
-    passes, what they do explain becomes more than it is. 1 where guidance moves no sample of a half.
+    passes, what they do explain becomes more than it is. 1 everywhere where guidance moves no sample of a half.
     """
     config, both = adapter_of(generator).config, Samples(generator, teacher, count, seed)
     try:
@@ -61,6 +61,7 @@ class Samples:
     def __init__(self, generator: GuidedSampler, teacher: Teacher, count: int, seed: int):
         config, self.generator, self.teacher = adapter_of(generator).config, generator, teacher
         self.grid = Grid(teacher.denoiser.schedule, len(generator.times), device=teacher.device)
+        count = max(count, 2)  # one for each half
         self.place = (torch.arange(count, device=teacher.device) + 0.5) / count
         self.starts = list[Start]()
         for number, part in enumerate(self.place.split(BATCH)):
@@ -116,9 +117,10 @@ RULES: dict[str, Callable[[Samples], Strength]] = {"distance": as_far, "samples"
 
 
 def line(k: Tensor) -> Strength:
-    """The line through k (2,) at a quarter and at three quarters of the range."""
-    low, high = k.tolist()
-    return Strength((low + high) / 2, high - low)
+    """The line through k (2,) at a quarter and at three quarters of the range, its ends kept in LIMITS."""
+    quarter, three = k.tolist()
+    low, high = (min(max(end, LIMITS[0]), LIMITS[1]) for end in ((3 * quarter - three) / 2, (3 * three - quarter) / 2))
+    return Strength((low + high) / 2, (high - low) / 2)
 
 
 def set_strength(generator: GuidedSampler, strength: Strength) -> None:

@@ -544,10 +544,11 @@ def test_a_run_with_prompts_and_its_score(
     strength = json.loads(kept.read_text())["strength"]
     about = tmp_path / "run/export/guidance_adapter/config.json"
     assert 0.5 <= strength <= 2 and json.loads(about.read_text())["strength"] == strength != 1
-    shutil.rmtree(tmp_path / "run/export")
-    kept.write_text('{"strength": 1.25, "tilt": -0.5, "samples": 32}')
-    assert reexport([str(tmp_path / "run")]) == 0
-    assert [json.loads(about.read_text())[name] for name in ("strength", "tilt")] == [1.25, -0.5]
+    for tilt, more in ((-0.5, {"tilt": -0.5}), (0.0, dict[str, float]())):  # runs of before had none
+        shutil.rmtree(tmp_path / "run/export")
+        kept.write_text(json.dumps({"strength": 1.25, "samples": 32, **more}))
+        assert reexport([str(tmp_path / "run")]) == 0
+        assert [json.loads(about.read_text())[name] for name in ("strength", "tilt")] == [1.25, tilt]
     argv = [str(tmp_path / "run" / "export"), "--output", str(tmp_path / "rows.jsonl")]
     assert script.main([*argv, "--protocol", "fashion-10k"]) == 2
     assert "fashion-10k is not for a StableDiffusionPipeline" in capsys.readouterr().err

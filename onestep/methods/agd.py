@@ -38,7 +38,7 @@ class AGDConfig(MethodConfig):
     trajectory_points: int = option(50, "steps of each that are kept in the cache, a divisor of its steps", minimum=1)
     trajectory_batch: int = option(64, "trajectories that the teacher makes at once", minimum=1)
     calibrate: int = option(
-        32, "samples by which the adapters are made to guide as far as two passes do, at the end; 0: as learnt", minimum=0
+        32, "samples by which the strength of the adapters is set at the end, see --calibrate-to; 0: as learnt", minimum=0
     )
     calibrate_to: str = option(
         "distance",
