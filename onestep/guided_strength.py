@@ -48,9 +48,9 @@ def matched_strength(
     Adapters are fitted by least squares, and leave out what they cannot explain: they guide too little. To act as far as two
     passes, what they do explain becomes more than it is. 1 everywhere where guidance moves no sample of a half.
     """
-    config, both = adapter_of(generator).config, Samples(generator, teacher, count, seed)
+    config, samples = adapter_of(generator).config, Samples(generator, teacher, count, seed)
     try:
-        return RULES[to](both)
+        return RULES[to](samples)
     finally:
         set_strength(generator, Strength(config.strength, config.tilt))
 

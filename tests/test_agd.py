@@ -544,6 +544,8 @@ def test_a_run_with_prompts_and_its_score(
     strength = json.loads(kept.read_text())["strength"]
     about = tmp_path / "run/export/guidance_adapter/config.json"
     assert 0.5 <= strength <= 2 and json.loads(about.read_text())["strength"] == strength != 1
+    shutil.rmtree(tmp_path / "run/export")
+    assert reexport([str(tmp_path / "run")]) == 0 and json.loads(about.read_text())["strength"] == strength
     for tilt, more in ((-0.5, {"tilt": -0.5}), (0.0, dict[str, float]())):  # runs of before had none
         shutil.rmtree(tmp_path / "run/export")
         kept.write_text(json.dumps({"strength": 1.25, "samples": 32, **more}))
