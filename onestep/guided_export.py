@@ -15,6 +15,7 @@ from .denoiser import body, unwrap
 from .exporting import replacing, save_stock, stored_network
 from .guided import Guided, count
 from .guided_sampler import GuidedSampler
+from .guided_strength import Strength
 from .pipelines import adapter_guidance
 from .pipelines.adapter_guidance import SUBFOLDER, attached
 from .quiet import quiet
@@ -74,6 +75,7 @@ def card_text(card: Card, student: Guided, teacher: Teacher, folder: Path, code:
     licence = {"license": identifier} if identifier in LICENCES else {"license": "other", "license_name": card.licence}
     front = {**licence, "library_name": "diffusers", "tags": ["diffusion", "distillation", "guidance", card.method]}
     about: Any = student.adapter.config
+    low, high = Strength(about.strength, about.tilt).ends
     config = yaml.safe_dump(dict(card.config), sort_keys=False)
     own = f"{count(student.adapter):,} parameters, {count(student.adapter) / count(student.base):.2%} of the network's"
     return f"""---
@@ -94,7 +96,7 @@ takes two. It is no few-step generator: sample it with as many steps as the teac
 | Licence of the teacher | {card.licence} |
 | Adapters | {about.kind}, width {about.hidden}, {own}; in `{SUBFOLDER}/` |
 | Guidance | {about.low:g} to {about.high:g}, in `uncond + guidance * (cond - uncond)`; beyond, they extrapolate |
-| Strength | {about.strength - about.tilt:.4g} to {about.strength + about.tilt:.4g} over it, a factor of the adapters |
+| Strength | {low:.4g} to {high:.4g} over it, a factor of the adapters |
 | Another checkpoint of this base | `pipe.load_adapter(FOLDER)` with this folder |
 
 Trained with

@@ -24,6 +24,11 @@ class Strength(NamedTuple):
     strength: float = 1.0
     tilt: float = 0.0
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Those at the least and the most guidance."""
+        return self.strength - self.tilt, self.strength + self.tilt
+
 
 class Start(NamedTuple):
     """Noise (B, ...), conditions and guidance, both (B,)."""
@@ -61,7 +66,7 @@ class Samples:
     def __init__(self, generator: GuidedSampler, teacher: Teacher, count: int, seed: int):
         config, self.generator, self.teacher = adapter_of(generator).config, generator, teacher
         self.grid = Grid(teacher.denoiser.schedule, len(generator.times), device=teacher.device)
-        count = max(count, 2)  # one for each half
+        assert count >= 2, "one for each half"
         self.place = (torch.arange(count, device=teacher.device) + 0.5) / count
         self.starts = list[Start]()
         for number, part in enumerate(self.place.split(BATCH)):

@@ -288,7 +288,7 @@ def _calibrate(generator: GuidedSampler, trainer: Trainer, count: int, to: str) 
     with replaced(trainer.folder / STRENGTH_NAME) as partial:
         partial.write_text(json.dumps(strength._asdict() | {"samples": count, "to": to}) + "\n")
     if count:
-        low, high = (strength.strength + sign * strength.tilt for sign in (-1, 1))
+        low, high = strength.ends
         print(f"strength of the adapters: {low:.3f} to {high:.3f} from the least to the most guidance, by {count} samples")
 
 

@@ -47,6 +47,7 @@ ERRORS = [
     (("train", "--method", "hyper-sd-score", "--segment-gan", "x"), "allowed are finite numbers from 0 on"),
     (("train", "--method", "agd", "--guidance-max", "1"), "guidance_max 1.0 is not above guidance_min 1.0"),
     (("train", "--method", "agd", "--trajectory-points", "20"), "is no divisor of trajectory_steps 50; type"),
+    (("train", "--method", "agd", "--calibrate", "1"), "a strength for either half of the range needs 2 samples; type"),
     (("train", "--method", "sid", "--backtrack", "3"), "backtrack_nodes 4 is more than the 3 steps of --backtrack"),
     (("plan", "--method", "dmd3"), "no method 'dmd3'"),
     (("plan", "--device-memory", "24"), "--device-memory is '24'"),

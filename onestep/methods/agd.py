@@ -54,6 +54,10 @@ class AGDConfig(MethodConfig):
                 f"guidance_max {self.guidance_max} is not above guidance_min {self.guidance_min}; type for example "
                 f"--guidance-max {self.guidance_min + 5:g}"
             )
+        if self.calibrate == 1:
+            raise ValueError(
+                "calibrate 1: a strength for either half of the range needs 2 samples; type --calibrate 32, or 0"
+            )
         steps, points = self.trajectory_steps, self.trajectory_points
         if self.trajectories and steps % points:
             allowed = ", ".join(str(n) for n in range(1, steps + 1) if steps % n == 0)
