@@ -101,7 +101,7 @@ def as_far(samples: Samples) -> Strength:
     once = far(samples.at(one)) / wanted
     guess = (1 / once.clamp_min(1e-6)).clamp(*LIMITS)
     slope = torch.where(guess == 1, one, (far(samples.at(guess)) / wanted - once) / (guess - 1))
-    return line(torch.where(slope > 0, 1 + (1 - once) / slope, guess).clamp(*LIMITS))
+    return line(torch.where(slope > 0, 1 + (1 - once) / slope, guess))
 
 
 def closest(samples: Samples) -> Strength:
@@ -114,7 +114,7 @@ def closest(samples: Samples) -> Strength:
         return Strength()
     basis = torch.stack([1.5 - 2 * samples.place, 2 * samples.place - 0.5]).to(size)  # of lines, by their values at 1/4, 3/4
     change = torch.linalg.solve((basis * size) @ basis.T, basis @ wanted)
-    return line((1 + change).clamp(*LIMITS))
+    return line(1 + change)
 
 
 RULES: dict[str, Callable[[Samples], Strength]] = {"distance": as_far, "samples": closest}
@@ -122,9 +122,9 @@ RULES: dict[str, Callable[[Samples], Strength]] = {"distance": as_far, "samples"
 
 
 def line(k: Tensor) -> Strength:
-    """The line through k (2,) at a quarter and at three quarters of the range, its ends kept in LIMITS."""
-    quarter, three = k.tolist()
-    low, high = (min(max(end, LIMITS[0]), LIMITS[1]) for end in ((3 * quarter - three) / 2, (3 * three - quarter) / 2))
+    """The line through k (2,) at a quarter and at three quarters of the range; k and its ends are kept in LIMITS."""
+    k = k.clamp(*LIMITS)
+    low, high = ((3 * k - k.flip(0)) / 2).clamp(*LIMITS).tolist()
     return Strength((low + high) / 2, (high - low) / 2)
 
 
